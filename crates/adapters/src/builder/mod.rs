@@ -1,0 +1,3 @@
+//! Builders: from a tree to an image.
+
+pub mod docker;

@@ -1,0 +1,12 @@
+//! One module per technology behind the ports of `replank-core`. Modules never import each other sideways.
+
+pub mod builder;
+pub mod engine;
+pub mod labels;
+pub mod ledger;
+pub mod logs;
+pub mod oci;
+pub mod platform;
+pub mod registry;
+pub mod source;
+pub mod sqlite;

@@ -1,0 +1,8 @@
+//! Where build logs are kept.
+
+pub mod sqlite;
+
+#[cfg(test)]
+pub(crate) mod conformance;
+
+pub use sqlite::SqliteLogs;

@@ -1,0 +1,117 @@
+//! The labels that everything Replank makes carries: how it is found again, and how it is told from a look-alike.
+//!
+//! No label of another tool is ever set: a tool that removes its own orphans must not find ours (lesson 37).
+
+use std::collections::{BTreeMap, HashMap};
+
+use replank_core::image::ImageId;
+use replank_core::record::Deployment;
+use replank_core::words::{AppName, CommitSha, ComponentName, ContainerName, InstallationId, OpKey, RevisionId};
+
+pub const INSTALLATION: &str = "io.replank.installation";
+pub const APPLICATION: &str = "io.replank.application";
+pub const REVISION: &str = "io.replank.revision";
+pub const CONTAINER: &str = "io.replank.container";
+pub const COMPONENT: &str = "io.replank.component";
+pub const KEY: &str = "io.replank.key";
+pub const COMMIT: &str = "io.replank.commit";
+pub const ROLE: &str = "io.replank.role";
+/// The intended image, as JSON.
+pub const IMAGE: &str = "io.replank.image";
+/// The engine's id that the intended image had when the container was made.
+pub const IMAGE_ID: &str = "io.replank.image-id";
+/// Hash of what the proxy was made from.
+pub const CONFIG: &str = "io.replank.config";
+
+pub const ROLE_APP: &str = "app";
+pub const ROLE_PROXY: &str = "proxy";
+pub const ROLE_NETWORK: &str = "network";
+
+/// Whose things these are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Owner {
+    pub installation: InstallationId,
+    pub application: AppName,
+}
+
+impl Owner {
+    pub fn labels(&self, role: &str) -> BTreeMap<String, String> {
+        BTreeMap::from([
+            (INSTALLATION.to_owned(), self.installation.to_string()),
+            (APPLICATION.to_owned(), self.application.to_string()),
+            (ROLE.to_owned(), role.to_owned()),
+        ])
+    }
+
+    /// A filter that only things of this owner pass, for the engine's list calls.
+    pub fn filter(&self, more: &[(&str, &str)]) -> HashMap<String, Vec<String>> {
+        let mut labels =
+            vec![format!("{INSTALLATION}={}", self.installation), format!("{APPLICATION}={}", self.application)];
+        labels.extend(more.iter().map(|(name, value)| format!("{name}={value}")));
+        HashMap::from([("label".to_owned(), labels)])
+    }
+
+    pub fn owns(&self, labels: &HashMap<String, String>) -> bool {
+        let is = |name: &str, value: &str| labels.get(name).is_some_and(|found| found == value);
+        is(INSTALLATION, self.installation.as_str()) && is(APPLICATION, self.application.as_str())
+    }
+
+    /// Labels of one container of a deployment, without the engine's id of its image.
+    pub fn container(
+        &self,
+        deployment: &Deployment,
+        container: &ContainerName,
+        component: &ComponentName,
+        image: &ImageId,
+    ) -> BTreeMap<String, String> {
+        let mut labels = self.labels(ROLE_APP);
+        labels.extend([
+            (REVISION.to_owned(), deployment.revision.to_string()),
+            (CONTAINER.to_owned(), container.to_string()),
+            (COMPONENT.to_owned(), component.to_string()),
+            (KEY.to_owned(), deployment.key.to_string()),
+            (COMMIT.to_owned(), deployment.commit.to_string()),
+            (IMAGE.to_owned(), serde_json::to_string(image).unwrap_or_default()),
+        ]);
+        labels
+    }
+
+    pub fn network(&self, revision: &RevisionId) -> BTreeMap<String, String> {
+        let mut labels = self.labels(ROLE_NETWORK);
+        labels.insert(REVISION.to_owned(), revision.to_string());
+        labels
+    }
+}
+
+/// What a container of ours says about itself; `None` where a label is missing or malformed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Carried {
+    pub revision: RevisionId,
+    pub container: ContainerName,
+    pub key: Option<OpKey>,
+    pub commit: Option<CommitSha>,
+    pub image: Option<ImageId>,
+    pub image_id: Option<String>,
+}
+
+impl Carried {
+    pub fn read(labels: &HashMap<String, String>) -> Option<Self> {
+        let key = |text: &String| serde_json::from_value(serde_json::Value::String(text.clone())).ok();
+        Some(Self {
+            revision: labels.get(REVISION)?.parse().ok()?,
+            container: labels.get(CONTAINER)?.parse().ok()?,
+            key: labels.get(KEY).and_then(key),
+            commit: labels.get(COMMIT).and_then(|text| text.parse().ok()),
+            image: labels.get(IMAGE).and_then(|text| serde_json::from_str(text).ok()),
+            image_id: labels.get(IMAGE_ID).cloned(),
+        })
+    }
+
+    /// Made for this deployment, by this operation, from this commit.
+    pub fn belongs(&self, deployment: &Deployment, container: &ContainerName) -> bool {
+        self.revision == deployment.revision
+            && self.container == *container
+            && self.key.as_ref() == Some(&deployment.key)
+            && self.commit.as_ref() == Some(&deployment.commit)
+    }
+}

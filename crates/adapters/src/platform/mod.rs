@@ -1,0 +1,3 @@
+//! Platforms: where revisions run and traffic goes.
+
+pub mod docker;

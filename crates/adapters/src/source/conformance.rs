@@ -1,0 +1,70 @@
+//! What every `Source` must do, as a suite that runs against real implementations.
+
+use std::fs;
+
+use replank_core::ports::{NoLog, Source};
+use replank_core::record::{Target, TargetKind};
+use replank_core::words::{CommitSha, JobId, Version};
+
+/// A remote that was prepared for the suite.
+#[derive(Debug, Clone)]
+pub struct World {
+    /// Releases and their commits, newest first; the first two on different commits.
+    pub releases: Vec<(Version, CommitSha)>,
+    /// The tracking branch's head, and its ref.
+    pub branch: (String, CommitSha),
+    /// A file of the newest release, and its content.
+    pub file: (String, Vec<u8>),
+}
+
+macro_rules! ensure {
+    ($ok:expr, $($why:tt)+) => {
+        if !$ok {
+            return Err(format!($($why)+));
+        }
+    };
+}
+
+/// Runs the suite; the error names the broken promise.
+pub async fn check(source: &dyn Source, world: &World) -> Result<(), String> {
+    let refs = source.refs().await.map_err(|e| format!("refs: {}", e.chain()))?;
+    let seen: Vec<_> = refs.tags.iter().map(|t| (t.version.clone(), t.commit.clone())).collect();
+    ensure!(seen == world.releases, "releases are newest first and peeled: {seen:?}");
+    ensure!(refs.branch.as_ref() == Some(&world.branch), "the branch's head: {:?}", refs.branch);
+    let (Some((version, commit)), Some((_, other))) = (world.releases.first(), world.releases.get(1)) else {
+        return Err("the world has fewer than two releases".to_owned());
+    };
+    ensure!(commit != other, "the world's first two releases are on different commits");
+    let target = |commit: &CommitSha| Target {
+        kind: TargetKind::Release,
+        version: version.clone(),
+        commit: commit.clone(),
+        raw_ref: format!("refs/tags/{}", version.tag()),
+    };
+    let job = |name: &str| JobId::new(name).map_err(|e| e.to_string());
+
+    let first = job("conformance-1")?;
+    let tree = source.fetch(&first, &target(commit), &NoLog).await.map_err(|e| format!("fetch: {}", e.chain()))?;
+    ensure!(tree.commit == *commit, "the tree is the pinned commit: {}", tree.commit);
+    let file = tree.path.join(&world.file.0);
+    let read = || fs::read(&file).map_err(|e| e.to_string());
+    ensure!(read()? == world.file.1, "the tree holds the release's files");
+    let again = source.fetch(&first, &target(commit), &NoLog).await.map_err(|e| format!("again: {}", e.chain()))?;
+    ensure!(again == tree, "a second fetch finds the first one's tree");
+
+    fs::write(&file, b"changed").map_err(|e| e.to_string())?;
+    source.fetch(&first, &target(commit), &NoLog).await.map_err(|e| format!("repair: {}", e.chain()))?;
+    ensure!(read()? == world.file.1, "a changed tree is not taken for the pinned commit");
+
+    match source.fetch(&job("conformance-2")?, &target(other), &NoLog).await {
+        Ok(_) => return Err("another commit than the pinned one was returned".to_owned()),
+        Err(fault) => {
+            let told = fault.told().what;
+            ensure!(told.contains(commit.as_str()) && told.contains(other.as_str()), "both commits are named: {told}");
+        }
+    }
+    source.discard(&first).await.map_err(|e| format!("discard: {}", e.chain()))?;
+    ensure!(!tree.path.exists(), "a discarded tree is gone");
+    source.discard(&first).await.map_err(|e| format!("discard twice: {}", e.chain()))?;
+    Ok(())
+}

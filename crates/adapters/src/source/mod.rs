@@ -1,0 +1,4 @@
+//! Where releases come from: implementations of the `Source` port, and the suite that each of them passes.
+
+pub mod conformance;
+pub mod git;

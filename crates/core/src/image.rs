@@ -1,0 +1,39 @@
+//! What an image is to Replank: an identity that cannot change under it.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::words::{ComponentName, Digest};
+
+/// An image by content, never by tag.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ImageId {
+    /// In a registry: `repository@digest`. The repository includes the registry's host.
+    Manifest { repository: String, digest: Digest },
+    /// Only in one engine, which gives it no manifest digest: the engine's own image id, and the tag that it was built as.
+    Engine { id: Digest, name: String },
+}
+
+impl ImageId {
+    /// What is given to an engine to run exactly this image.
+    pub fn reference(&self) -> String {
+        match self {
+            Self::Manifest { repository, digest } => format!("{repository}@{digest}"),
+            Self::Engine { id, .. } => id.to_string(),
+        }
+    }
+}
+
+impl fmt::Display for ImageId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Manifest { repository, digest } => write!(f, "{repository}@{digest}"),
+            Self::Engine { id, name } => write!(f, "{name}@{id}"),
+        }
+    }
+}
+
+/// One image of each component: what moves as a set (never one component alone).
+pub type Images = std::collections::BTreeMap<ComponentName, ImageId>;

@@ -1,0 +1,277 @@
+//! The record: everything Replank knows about one application, loaded and written as one versioned value.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::image::Images;
+use crate::phase::{Mode, Phase};
+use crate::words::{
+    AppName, CommitSha, ComponentName, ContainerName, Digest, IdempotencyKey, InstallationId, JobId, Millis, Nonce,
+    OpKey, RevisionId, Version,
+};
+
+/// Whose turn it can be: a controller inside a revision, or one that runs on the host (first deployment, development).
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub enum ControllerId {
+    Host,
+    Revision(RevisionId),
+}
+
+impl fmt::Display for ControllerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Host => f.write_str("host:"),
+            Self::Revision(id) => write!(f, "{id}"),
+        }
+    }
+}
+
+impl From<ControllerId> for String {
+    fn from(id: ControllerId) -> String {
+        id.to_string()
+    }
+}
+
+impl TryFrom<String> for ControllerId {
+    type Error = crate::words::BadWord;
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        // A colon cannot stand in a revision's name, so the two never collide.
+        if text == "host:" { Ok(Self::Host) } else { RevisionId::new(text).map(Self::Revision) }
+    }
+}
+
+/// How a container lives beside its successor (architecture, Data and workers).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Overlap {
+    Allowed,
+    StopOldFirst,
+    StartAfterCutover,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct ContainerPlan {
+    pub component: ComponentName,
+    pub overlap: Overlap,
+    /// This container is a Replank controller.
+    #[serde(default)]
+    pub controller: bool,
+}
+
+/// How a revision runs: what decisions need, and the platform's own run spec, which only the platform reads.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
+pub struct Plan {
+    pub containers: BTreeMap<ContainerName, ContainerPlan>,
+    #[serde(default)]
+    pub spec: serde_json::Value,
+}
+
+impl Plan {
+    pub fn has_controller(&self) -> bool {
+        self.containers.values().any(|c| c.controller)
+    }
+
+    /// Containers that may start before the cut-over.
+    pub fn early(&self) -> impl Iterator<Item = &ContainerName> {
+        self.containers.iter().filter(|(_, c)| c.overlap != Overlap::StartAfterCutover).map(|(name, _)| name)
+    }
+
+    pub fn with_overlap(&self, overlap: Overlap) -> impl Iterator<Item = &ContainerName> {
+        self.containers.iter().filter(move |(_, c)| c.overlap == overlap).map(|(name, _)| name)
+    }
+}
+
+/// A set of images, running or runnable, under one revision.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Deployment {
+    pub revision: RevisionId,
+    /// The operation key that its containers carry: what tells ours from a look-alike.
+    pub key: OpKey,
+    pub version: Version,
+    pub commit: CommitSha,
+    pub images: Images,
+    pub plan: Plan,
+}
+
+/// What a rollback restores.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Snapshot {
+    pub deployment: Deployment,
+    pub taken_at: Millis,
+    /// `rollback_available_until`: images are protected until then.
+    pub keep_until: Millis,
+    /// When the images were last seen present.
+    pub proved_at: Millis,
+    #[serde(flatten)]
+    pub extra: BTreeMap<String, serde_json::Value>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TargetKind {
+    Release,
+    Commit,
+}
+
+/// What was chosen: the commit is pinned here before anything is fetched.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Target {
+    pub kind: TargetKind,
+    pub version: Version,
+    pub commit: CommitSha,
+    /// `refs/tags/v1.2.3` for a release; the tracking branch's ref for a commit.
+    pub raw_ref: String,
+}
+
+/// Who asked.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Actor {
+    /// The identity's stable id: an Entra object id, a token's id, or `system`.
+    pub oid: String,
+    /// A name for people; may be empty.
+    #[serde(default)]
+    pub name: String,
+    /// Where the request came from; empty for the system.
+    #[serde(default)]
+    pub from: String,
+}
+
+impl Actor {
+    pub fn system() -> Self {
+        Self { oid: "system".to_owned(), name: "Replank".to_owned(), from: String::new() }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnRolloutFailure {
+    Hold,
+    Rollback,
+}
+
+/// One upgrade, from the click to its final state.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Job {
+    pub id: JobId,
+    pub target: Target,
+    pub nonce: Nonce,
+    pub actor: Actor,
+    #[serde(default)]
+    pub reason: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub idempotency_key: Option<IdempotencyKey>,
+    pub started_at: Millis,
+    pub mode: Mode,
+    pub on_rollout_failure: OnRolloutFailure,
+    #[serde(default)]
+    pub build_only: bool,
+    #[serde(flatten)]
+    pub extra: BTreeMap<String, serde_json::Value>,
+}
+
+impl Job {
+    pub fn key(&self, step: &str, attempt: u32) -> OpKey {
+        OpKey::derive(&self.id, step, attempt, &self.nonce)
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Driver {
+    pub controller: ControllerId,
+    pub since: Millis,
+}
+
+/// What the last look at the remote showed.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
+pub struct Latest {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub release: Option<(Version, CommitSha)>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub branch_head: Option<CommitSha>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checked_at: Option<Millis>,
+}
+
+/// A commit that must not be started again without an override (lesson 25).
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Quarantined {
+    pub version: Version,
+    pub reason: String,
+    pub at: Millis,
+    /// Further facts, not the key: a rebuild has other digests.
+    #[serde(default)]
+    pub images: Images,
+}
+
+/// The end of the history as the record anchors it: how many lines, and the hash of the last one.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
+pub struct Head {
+    pub count: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hash: Option<Digest>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Record {
+    /// The format this value was written in, and the lowest format whose readers may use it.
+    pub format: u32,
+    pub min_reader: u32,
+    pub installation: InstallationId,
+    pub application: AppName,
+    /// The last deployment that was proved: what `running_*` shows and a swap starts from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub running: Option<Deployment>,
+    /// The deployment that traffic was last observed, or ordered, to reach; enforced at rest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serving: Option<Deployment>,
+    #[serde(default)]
+    pub latest: Latest,
+    pub track_commits: bool,
+    pub driver: Driver,
+    /// Counts intended changes of traffic; the proxy refuses a lower one.
+    pub generation: u64,
+    pub phase: Phase,
+    /// When the phase was entered: every budget counts from here (lesson 2).
+    pub entered_at: Millis,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub job: Option<Job>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<Snapshot>,
+    /// Commits that are not started again without an override.
+    #[serde(default)]
+    pub quarantine: BTreeMap<CommitSha, Quarantined>,
+    pub history: Head,
+    pub updated_at: Millis,
+    #[serde(flatten)]
+    pub extra: BTreeMap<String, serde_json::Value>,
+}
+
+impl Record {
+    /// The record of an application of which nothing is known yet.
+    pub fn new(installation: InstallationId, application: AppName, now: Millis) -> Self {
+        Self {
+            format: crate::format::FORMAT,
+            min_reader: crate::format::MIN_READER,
+            installation,
+            application,
+            running: None,
+            serving: None,
+            latest: Latest::default(),
+            // Contract §1: the default is true.
+            track_commits: true,
+            driver: Driver { controller: ControllerId::Host, since: now },
+            generation: 0,
+            phase: Phase::Idle,
+            entered_at: now,
+            job: None,
+            snapshot: None,
+            quarantine: BTreeMap::new(),
+            history: Head::default(),
+            updated_at: now,
+            extra: BTreeMap::new(),
+        }
+    }
+}

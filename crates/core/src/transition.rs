@@ -1,0 +1,614 @@
+//! The only place where transitions live: `next` says which phase follows, `apply` what else changes with it.
+//!
+//! Every (state, event) pair that is not written here is refused with a typed error; nothing is accepted by default.
+
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::fault::Told;
+use crate::history::{Audit, Line, seal};
+use crate::phase::{
+    Build, Building, Built, BuiltOnly, Confirming, Fetched, Flip, Mode, Op, OpState, Patching, Phase, RollingBack,
+    State, Swap, WayBack,
+};
+use crate::record::{Actor, ControllerId, Deployment, Driver, Job, Latest, Quarantined, Record};
+use crate::words::{CommitSha, ComponentName, Millis};
+
+/// Something that happened, or that is about to be done and is recorded first.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    // An operator's.
+    Start {
+        job: Box<Job>,
+        override_quarantine: bool,
+    },
+    RollbackStarted {
+        actor: Actor,
+        reason: String,
+    },
+    Cancelled {
+        actor: Actor,
+        reason: String,
+    },
+    Reset {
+        actor: Actor,
+        reason: String,
+    },
+    Kept {
+        actor: Actor,
+    },
+    TrackCommits {
+        actor: Actor,
+        on: bool,
+    },
+    // The remote's.
+    RefsSeen {
+        latest: Latest,
+    },
+    // The driver's.
+    HandedOver {
+        to: ControllerId,
+    },
+    TookOver {
+        by: ControllerId,
+    },
+    Claimed,
+    Fetched(Fetched),
+    BuildIntended {
+        component: ComponentName,
+    },
+    BuildDone {
+        component: ComponentName,
+        built: Built,
+    },
+    BuildsComplete,
+    Prepared {
+        to: Box<Deployment>,
+        way_back: WayBack,
+        escape_hatch: Vec<String>,
+    },
+    /// An operation is about to be done; again, when its attempt is above one.
+    OpIntended {
+        op: Op,
+    },
+    OpObserved {
+        op: Op,
+    },
+    Landed,
+    CutOverIntended,
+    Converged {
+        deadline: Millis,
+    },
+    FlipIntended {
+        why: String,
+    },
+    Completed,
+    Failed {
+        fault: Told,
+    },
+    FlippedBack,
+    RolledBack,
+    /// At rest: traffic or the reboot policy is not what the record says and is about to be put right.
+    RepairIntended {
+        why: String,
+    },
+    /// At rest: the snapshot's time is over, or it can no longer be restored.
+    SnapshotDropped {
+        why: String,
+    },
+}
+
+impl Event {
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Start { .. } => "start",
+            Self::RollbackStarted { .. } => "rollback_start",
+            Self::Cancelled { .. } => "cancelled",
+            Self::Reset { .. } => "reset",
+            Self::Kept { .. } => "kept",
+            Self::TrackCommits { .. } => "track_commits",
+            Self::RefsSeen { .. } => "candidate_detected",
+            Self::HandedOver { .. } => "handed_over",
+            Self::TookOver { .. } => "took_over",
+            Self::Claimed => "claimed",
+            Self::Fetched(_) => "fetched",
+            Self::BuildIntended { .. } => "build_intended",
+            Self::BuildDone { .. } => "built",
+            Self::BuildsComplete => "builds_complete",
+            Self::Prepared { .. } => "escape_hatch",
+            Self::OpIntended { .. } => "intended",
+            Self::OpObserved { .. } => "observed",
+            Self::Landed => "landed",
+            Self::CutOverIntended => "cut_over_intended",
+            Self::Converged { .. } => "converged",
+            Self::FlipIntended { .. } => "flip_intended",
+            Self::Completed => "succeeded",
+            Self::Failed { .. } => "failed",
+            Self::FlippedBack => "flipped_back",
+            Self::RolledBack => "rollback_done",
+            Self::RepairIntended { .. } => "repair_intended",
+            Self::SnapshotDropped { .. } => "snapshot_dropped",
+        }
+    }
+}
+
+/// Why an event cannot happen now.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    #[error("'{event}' cannot happen while the state is '{}'", from.name())]
+    WrongState { from: State, event: &'static str },
+    #[error("an upgrade is in flight (state '{}'): wait for it or roll it back", from.name())]
+    InFlight { from: State },
+    #[error("there is no snapshot to roll back to")]
+    NoSnapshot,
+    #[error("commit {} ({version}) is quarantined since it failed: {reason}; start it with the override if you mean it", commit.short())]
+    Quarantined { commit: CommitSha, version: String, reason: String },
+    #[error("'{event}' does not fit the job: {why}")]
+    Inconsistent { event: &'static str, why: &'static str },
+}
+
+/// The phase that follows `record.phase` when `event` happens at `now`.
+pub fn next(record: &Record, event: &Event, now: Millis) -> Result<Phase, Refused> {
+    let from = record.phase.state();
+    let wrong = || Refused::WrongState { from, event: event.name() };
+    let odd = |why| Refused::Inconsistent { event: event.name(), why };
+    let phase = record.phase.clone();
+    match event {
+        Event::Start { job, override_quarantine } => {
+            if from.in_flight() {
+                return Err(Refused::InFlight { from });
+            }
+            match record.quarantine.get(&job.target.commit) {
+                Some(q) if !override_quarantine => Err(Refused::Quarantined {
+                    commit: job.target.commit.clone(),
+                    version: q.version.to_string(),
+                    reason: q.reason.clone(),
+                }),
+                Some(_) | None => Ok(Phase::Queued),
+            }
+        }
+        Event::TrackCommits { .. } | Event::RefsSeen { .. } | Event::TookOver { .. } | Event::HandedOver { .. } => {
+            Ok(phase)
+        }
+        Event::RollbackStarted { reason, .. } => {
+            let swap = reverse_of(record).ok_or(match from {
+                State::RollingOut
+                | State::Validating
+                | State::Confirming
+                | State::Succeeded
+                | State::FailedRollout
+                | State::RollbackFailed
+                | State::FailedPre => Refused::NoSnapshot,
+                State::Idle
+                | State::Queued
+                | State::Fetching
+                | State::Building
+                | State::Patching
+                | State::RollingBack
+                | State::RolledBack => wrong(),
+            })?;
+            Ok(Phase::RollingBack(RollingBack { swap, reason: reason.clone() }))
+        }
+        Event::Cancelled { reason, .. } if from.before_swap() => Ok(Phase::FailedPre {
+            fault: Told::permanent(format!("cancelled: {reason}"), "start it again when you want it"),
+        }),
+        Event::Cancelled { .. } => Err(wrong()),
+        Event::Reset { reason, .. } => {
+            let fault = Told::permanent(format!("reset by an administrator: {reason}"), "");
+            match phase {
+                Phase::Queued | Phase::Fetching | Phase::Building(_) | Phase::Patching(_) => {
+                    Ok(Phase::FailedPre { fault })
+                }
+                Phase::RollingOut(swap) | Phase::Validating(swap) => Ok(Phase::FailedRollout { fault, swap }),
+                Phase::Confirming(c) => Ok(Phase::FailedRollout { fault, swap: c.swap }),
+                Phase::RollingBack(back) => Ok(Phase::FailedRollout { fault, swap: back.swap }),
+                Phase::Idle
+                | Phase::Succeeded { .. }
+                | Phase::FailedPre { .. }
+                | Phase::FailedRollout { .. }
+                | Phase::RolledBack { .. }
+                | Phase::RollbackFailed { .. } => Err(wrong()),
+            }
+        }
+        Event::Kept { .. } => match phase {
+            Phase::Confirming(Confirming { swap, deadline: Some(_), flip: None }) => {
+                Ok(Phase::Confirming(Confirming { swap, deadline: Some(now), flip: None }))
+            }
+            _ => Err(wrong()),
+        },
+        Event::Claimed => match phase {
+            Phase::Queued => Ok(Phase::Fetching),
+            _ => Err(wrong()),
+        },
+        Event::Fetched(fetched) => match phase {
+            Phase::Fetching if fetched.recipes.is_empty() => Err(odd("the release has no component to build")),
+            Phase::Fetching => Ok(Phase::Building(Building { fetched: fetched.clone(), builds: Default::default() })),
+            _ => Err(wrong()),
+        },
+        Event::BuildIntended { component } => match phase {
+            Phase::Building(mut building) => {
+                if !building.fetched.recipes.contains_key(component) {
+                    return Err(odd("the release has no such component"));
+                }
+                let attempt = building.builds.get(component).map_or(1, |b| b.attempt + 1);
+                building.builds.insert(component.clone(), Build { attempt, intended_at: now, built: None });
+                Ok(Phase::Building(building))
+            }
+            _ => Err(wrong()),
+        },
+        Event::BuildDone { component, built } => match phase {
+            Phase::Building(mut building) => match building.builds.get_mut(component) {
+                Some(build) if build.built.is_none() => {
+                    build.built = Some(built.clone());
+                    Ok(Phase::Building(building))
+                }
+                Some(_) => Err(odd("the component is built already")),
+                None => Err(odd("the build was never intended")),
+            },
+            _ => Err(wrong()),
+        },
+        Event::BuildsComplete => match phase {
+            Phase::Building(building) => {
+                let images = building.images().ok_or(odd("a component is not built"))?;
+                let job = record.job.as_ref().ok_or(odd("there is no job"))?;
+                if job.build_only {
+                    let built_only = Some(BuiltOnly { commit: job.target.commit.clone(), images });
+                    Ok(Phase::Succeeded { built_only })
+                } else {
+                    Ok(Phase::Patching(Patching { fetched: building.fetched, images }))
+                }
+            }
+            _ => Err(wrong()),
+        },
+        Event::Prepared { to, way_back, .. } => match phase {
+            Phase::Patching(patching) => {
+                let job = record.job.as_ref().ok_or(odd("there is no job"))?;
+                if to.images != patching.images || to.commit != job.target.commit {
+                    return Err(odd("the deployment is not what was built"));
+                }
+                // Promise 4: where something runs, the way back is a snapshot of it, or there is no swap.
+                match (way_back, &record.running) {
+                    (WayBack::FirstDeployment, None) => {}
+                    (WayBack::Snapshot(s), Some(running)) if s.deployment == *running => {}
+                    _ => return Err(odd("the way back is not a snapshot of what runs")),
+                }
+                let swap = Swap::new(record.serving.clone(), (**to).clone(), job.mode, way_back.clone());
+                Ok(Phase::RollingOut(swap))
+            }
+            _ => Err(wrong()),
+        },
+        Event::OpIntended { op } => {
+            let mut phase = phase;
+            let generation = if moves_traffic(*op) { record.generation + 1 } else { 0 };
+            let swap = active_swap(&mut phase).ok_or_else(wrong)?;
+            let attempt = swap.ops.get(op).map_or(1, |state| state.attempt + 1);
+            swap.ops.insert(*op, OpState { attempt, generation, intended_at: now, observed_at: None });
+            // A cut-over names a side to fall back to, which only a settling that follows takes away.
+            if *op == Op::CutOver {
+                swap.ops.remove(&Op::Settle);
+            }
+            Ok(phase)
+        }
+        Event::OpObserved { op } => {
+            let mut phase = phase;
+            let swap = active_swap(&mut phase).ok_or_else(wrong)?;
+            let state = swap.ops.get_mut(op).ok_or(odd("the operation was never intended"))?;
+            state.observed_at = Some(now);
+            Ok(phase)
+        }
+        Event::Landed => match phase {
+            Phase::RollingOut(swap) if swap.mode == Mode::BlueGreen && swap.is_observed(Op::StartNew) => {
+                Ok(Phase::Validating(swap))
+            }
+            Phase::RollingOut(_) => Err(odd("the new revision was not observed, or the mode is not blue/green")),
+            _ => Err(wrong()),
+        },
+        Event::CutOverIntended => match phase {
+            Phase::Validating(mut swap) => {
+                let generation = record.generation + 1;
+                swap.ops.insert(Op::CutOver, OpState { attempt: 1, generation, intended_at: now, observed_at: None });
+                Ok(Phase::Confirming(Confirming { swap, deadline: None, flip: None }))
+            }
+            _ => Err(wrong()),
+        },
+        Event::Converged { deadline } => match phase {
+            Phase::Confirming(Confirming { swap, deadline: None, flip: None }) if swap.is_observed(Op::CutOver) => {
+                Ok(Phase::Confirming(Confirming { swap, deadline: Some(*deadline), flip: None }))
+            }
+            Phase::Confirming(_) => Err(odd("the cut-over was not observed, or is counted already")),
+            _ => Err(wrong()),
+        },
+        Event::FlipIntended { why } => match phase {
+            Phase::Confirming(Confirming { swap, deadline, flip: None }) => {
+                let to = match &swap.way_back {
+                    WayBack::Snapshot(s) => s.deployment.clone(),
+                    WayBack::FirstDeployment => return Err(Refused::NoSnapshot),
+                };
+                let back = Swap::new(Some(swap.to.clone()), to, swap.mode, swap.way_back.clone());
+                let flip = Some(Flip { swap: back, why: why.clone(), since: now });
+                Ok(Phase::Confirming(Confirming { swap, deadline, flip }))
+            }
+            Phase::Confirming(_) => Err(odd("a flip back is under way already")),
+            _ => Err(wrong()),
+        },
+        Event::Completed => match phase {
+            Phase::RollingOut(swap) if swap.mode == Mode::Single && is_proved(&swap) => {
+                Ok(Phase::Succeeded { built_only: None })
+            }
+            Phase::Confirming(Confirming { swap, deadline: Some(_), flip: None }) if is_proved(&swap) => {
+                Ok(Phase::Succeeded { built_only: None })
+            }
+            Phase::RollingOut(_) | Phase::Confirming(_) => {
+                Err(odd("the new revision was not observed to serve and settle"))
+            }
+            _ => Err(wrong()),
+        },
+        Event::Failed { fault } => {
+            let fault = fault.clone();
+            match phase {
+                Phase::Queued | Phase::Fetching | Phase::Building(_) | Phase::Patching(_) => {
+                    Ok(Phase::FailedPre { fault })
+                }
+                Phase::RollingOut(swap) | Phase::Validating(swap) => Ok(Phase::FailedRollout { fault, swap }),
+                Phase::Confirming(c) => {
+                    Ok(Phase::RollbackFailed { fault, swap: c.flip.map_or(c.swap, |flip| flip.swap) })
+                }
+                Phase::RollingBack(back) => Ok(Phase::RollbackFailed { fault, swap: back.swap }),
+                Phase::Idle
+                | Phase::Succeeded { .. }
+                | Phase::FailedPre { .. }
+                | Phase::FailedRollout { .. }
+                | Phase::RolledBack { .. }
+                | Phase::RollbackFailed { .. } => Err(wrong()),
+            }
+        }
+        Event::FlippedBack => match phase {
+            Phase::Confirming(Confirming { flip: Some(flip), .. }) if is_proved(&flip.swap) => {
+                Ok(Phase::RolledBack { reason: flip.why })
+            }
+            Phase::Confirming(_) => Err(odd("the flip back was not observed to serve and settle")),
+            _ => Err(wrong()),
+        },
+        Event::RolledBack => match phase {
+            Phase::RollingBack(back) if is_proved(&back.swap) => Ok(Phase::RolledBack { reason: back.reason }),
+            Phase::RollingBack(_) => Err(odd("the restored revision was not observed to serve and settle")),
+            _ => Err(wrong()),
+        },
+        Event::RepairIntended { .. } | Event::SnapshotDropped { .. } => {
+            if from.in_flight() {
+                Err(wrong())
+            } else {
+                Ok(phase)
+            }
+        }
+    }
+}
+
+/// Success is observed, never assumed: the traffic was seen to move and the revision was seen to be settled.
+fn is_proved(swap: &Swap) -> bool {
+    swap.is_observed(Op::StartNew) && swap.is_observed(Op::CutOver) && swap.is_observed(Op::Settle)
+}
+
+/// Operations that the proxy tells apart by generation.
+pub fn moves_traffic(op: Op) -> bool {
+    match op {
+        Op::PinTraffic | Op::CutOver | Op::Settle => true,
+        Op::StopOld | Op::StartNew | Op::StopOldLate | Op::StartNewLate => false,
+    }
+}
+
+fn active_swap(phase: &mut Phase) -> Option<&mut Swap> {
+    match phase {
+        Phase::RollingOut(swap) | Phase::Validating(swap) => Some(swap),
+        Phase::Confirming(Confirming { flip: Some(flip), .. }) => Some(&mut flip.swap),
+        Phase::Confirming(Confirming { swap, flip: None, .. }) => Some(swap),
+        Phase::RollingBack(back) => Some(&mut back.swap),
+        Phase::Idle
+        | Phase::Queued
+        | Phase::Fetching
+        | Phase::Building(_)
+        | Phase::Patching(_)
+        | Phase::Succeeded { .. }
+        | Phase::FailedPre { .. }
+        | Phase::FailedRollout { .. }
+        | Phase::RolledBack { .. }
+        | Phase::RollbackFailed { .. } => None,
+    }
+}
+
+/// The swap that undoes what the record's phase did, where there is one.
+pub fn reverse_of(record: &Record) -> Option<Swap> {
+    // A swap that already leads to the way back is tried again from the side that it was to leave.
+    let undo = |swap: &Swap| match &swap.way_back {
+        WayBack::Snapshot(s) => {
+            let again = swap.to.revision == s.deployment.revision;
+            let from = if again { swap.from.clone() } else { Some(swap.to.clone()) };
+            Some(Swap::new(from, s.deployment.clone(), swap.mode, swap.way_back.clone()))
+        }
+        WayBack::FirstDeployment => None,
+    };
+    match &record.phase {
+        Phase::RollingOut(swap)
+        | Phase::Validating(swap)
+        | Phase::FailedRollout { swap, .. }
+        | Phase::RollbackFailed { swap, .. } => undo(swap),
+        Phase::Confirming(c) => undo(&c.swap),
+        Phase::Succeeded { .. } | Phase::FailedPre { .. } => {
+            let snapshot = record.snapshot.as_ref()?;
+            let mode = record.job.as_ref().map_or(Mode::Single, |job| job.mode);
+            let way_back = WayBack::Snapshot(Box::new(snapshot.clone()));
+            Some(Swap::new(record.serving.clone(), snapshot.deployment.clone(), mode, way_back))
+        }
+        Phase::Idle
+        | Phase::Queued
+        | Phase::Fetching
+        | Phase::Building(_)
+        | Phase::Patching(_)
+        | Phase::RollingBack(_)
+        | Phase::RolledBack { .. } => None,
+    }
+}
+
+/// What a commit writes: the new record with the head of its history, and the lines that lead to it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Commit {
+    pub record: Record,
+    pub lines: Vec<Line>,
+}
+
+/// Carries an event out on the record. Nothing is written; the result goes to the ledger as one commit.
+pub fn apply(record: &Record, event: &Event, now: Millis) -> Result<Commit, Refused> {
+    let phase = next(record, event, now)?;
+    let mut new = record.clone();
+    if phase.state() != record.phase.state() {
+        new.entered_at = now;
+    }
+    new.phase = phase;
+    new.updated_at = now;
+    // A controller may never write a format that a reader it needs cannot read; there is one format so far.
+    new.format = new.format.max(crate::format::FORMAT);
+
+    let mut audit = Audit::new(now, record.job.as_ref().map(|j| &j.id), event.name());
+    match event {
+        Event::Start { job, override_quarantine } => {
+            audit = Audit::new(now, Some(&job.id), event.name())
+                .with("actor", json!(job.actor))
+                .with("target_version", job.target.version.to_string())
+                .with("target_sha", job.target.commit.as_str())
+                .with("reason", job.reason.clone());
+            if *override_quarantine && new.quarantine.remove(&job.target.commit).is_some() {
+                audit = audit.with("override", "quarantine");
+            }
+            new.job = Some((**job).clone());
+        }
+        Event::RollbackStarted { actor, reason } => {
+            audit = audit.with("actor", json!(actor)).with("reason", reason.clone());
+            if let Some(swap) = new.phase.swap() {
+                audit = audit.with("to_version", swap.to.version.to_string());
+            }
+        }
+        Event::Cancelled { actor, reason } | Event::Reset { actor, reason } => {
+            audit = audit.with("actor", json!(actor)).with("reason", reason.clone());
+        }
+        Event::Kept { actor } => audit = audit.with("actor", json!(actor)),
+        Event::TrackCommits { actor, on } => {
+            new.track_commits = *on;
+            audit = audit.with("actor", json!(actor)).with("on", *on);
+        }
+        Event::RefsSeen { latest } => {
+            new.latest = latest.clone();
+            if let Some((version, commit)) = &latest.release {
+                audit = audit.with("version", version.to_string()).with("sha", commit.as_str());
+            }
+            if let Some(head) = &latest.branch_head {
+                audit = audit.with("branch_head", head.as_str());
+            }
+        }
+        Event::HandedOver { to } | Event::TookOver { by: to } => {
+            audit = audit.with("from", record.driver.controller.to_string()).with("to", to.to_string());
+            new.driver = Driver { controller: to.clone(), since: now };
+        }
+        Event::Claimed | Event::BuildsComplete | Event::Landed => {}
+        Event::Fetched(fetched) => audit = audit.with("components", fetched.recipes.len()),
+        Event::BuildIntended { component } => audit = audit.with("component", component.as_str()),
+        Event::BuildDone { component, built } => {
+            audit = audit
+                .with("component", component.as_str())
+                .with("image", built.image.to_string())
+                .with("adopted", built.adopted)
+                .with("queued_ms", built.queued_ms)
+                .with("built_ms", built.built_ms);
+            if !built.bases.is_empty() {
+                audit = audit.with("bases", json!(built.bases));
+            }
+        }
+        Event::Prepared { to, way_back, escape_hatch } => {
+            new.snapshot = match way_back {
+                WayBack::Snapshot(s) => Some((**s).clone()),
+                WayBack::FirstDeployment => None,
+            };
+            audit = audit.with("revision", to.revision.as_str()).with("commands", json!(escape_hatch));
+        }
+        Event::OpIntended { op } | Event::OpObserved { op } => {
+            audit = audit.with("op", op.name());
+            if let (Event::OpIntended { .. }, true) = (event, moves_traffic(*op)) {
+                new.generation += 1;
+                audit = audit.with("generation", new.generation);
+            }
+            if let (Event::OpObserved { .. }, Op::CutOver) = (event, op) {
+                new.serving = new.phase.active_swap().map(|swap| swap.to.clone());
+            }
+        }
+        Event::CutOverIntended => {
+            new.generation += 1;
+            audit = audit.with("generation", new.generation);
+        }
+        Event::Converged { deadline } => audit = audit.with("confirm_deadline", deadline.rfc3339()),
+        Event::FlipIntended { why } => audit = audit.with("why", why.clone()),
+        Event::RepairIntended { why } => {
+            new.generation += 1;
+            audit = audit.with("why", why.clone()).with("generation", new.generation);
+        }
+        Event::SnapshotDropped { why } => {
+            new.snapshot = None;
+            audit = audit.with("why", why.clone());
+        }
+        Event::Completed => {
+            let swap = record.phase.swap().ok_or(Refused::NoSnapshot)?;
+            new.running = Some(swap.to.clone());
+            new.serving = Some(swap.to.clone());
+            audit = audit.with("version", swap.to.version.to_string()).with("revision", swap.to.revision.as_str());
+        }
+        Event::Failed { fault } => {
+            let stage = if record.phase.state().before_swap() { "pre" } else { "rollout" };
+            audit = audit.with("stage", stage).with("why", fault.what.clone());
+            if !fault.advice.is_empty() {
+                audit = audit.with("advice", fault.advice.clone());
+            }
+            if stage == "rollout" {
+                quarantine(&mut new, record, &fault.what, now);
+            }
+        }
+        Event::FlippedBack | Event::RolledBack => {
+            let (swap, why) = match &record.phase {
+                Phase::RollingBack(back) => (&back.swap, back.reason.clone()),
+                Phase::Confirming(Confirming { flip: Some(flip), .. }) => (&flip.swap, flip.why.clone()),
+                _ => {
+                    return Err(Refused::WrongState { from: record.phase.state(), event: event.name() });
+                }
+            };
+            new.running = Some(swap.to.clone());
+            new.serving = Some(swap.to.clone());
+            new.snapshot = None;
+            audit = audit.with("version", swap.to.version.to_string()).with("revision", swap.to.revision.as_str());
+            let why =
+                if why.is_empty() { "rolled back by an operator".to_owned() } else { format!("rolled back: {why}") };
+            quarantine(&mut new, record, &why, now);
+        }
+    }
+    // A look at the remote that found nothing new is no event: the history would drown in them.
+    let silent = matches!(event, Event::RefsSeen { latest } if latest.release == record.latest.release
+        && latest.branch_head == record.latest.branch_head);
+    let events = if silent { &[][..] } else { std::slice::from_ref(&audit) };
+    let (lines, head) = seal(&record.history, events);
+    new.history = head;
+    Ok(Commit { record: new, lines })
+}
+
+/// Marks the commit that was left, or that failed, so that the next click does not install it again.
+fn quarantine(new: &mut Record, record: &Record, reason: &str, now: Millis) {
+    let left = match &record.phase {
+        // Leaving a revision: what it ran is what is bad.
+        Phase::RollingBack(back) => back.swap.from.as_ref(),
+        other => other.swap().map(|swap| &swap.to),
+    };
+    let Some(bad) = left else { return };
+    // What runs now is never quarantined, so that a failed rollback does not condemn the version it returns to.
+    if new.running.as_ref().is_some_and(|running| running.commit == bad.commit) {
+        return;
+    }
+    let entry =
+        Quarantined { version: bad.version.clone(), reason: reason.to_owned(), at: now, images: bad.images.clone() };
+    new.quarantine.insert(bad.commit.clone(), entry);
+}

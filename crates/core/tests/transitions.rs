@@ -1,0 +1,278 @@
+//! The table of the wire contract, pair by pair: every (from, to) of the 14 x 14 states is either in the table and reachable
+//! by an event, or not in the table and reachable by none.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::collections::BTreeSet;
+
+use replank_core::fault::Told;
+use replank_core::phase::*;
+use replank_core::record::*;
+use replank_core::transition::{Event, Refused, apply, next};
+use replank_core::words::*;
+use support::*;
+
+use State::*;
+
+/// The table, written out by hand from the contract.
+fn allowed() -> BTreeSet<(State, State)> {
+    let mut pairs = BTreeSet::new();
+    let mut add = |from: &[State], to: State| pairs.extend(from.iter().map(|f| (*f, to)));
+    add(&[Idle, Succeeded, FailedPre, FailedRollout, RolledBack, RollbackFailed], Queued);
+    add(&[Queued], Fetching);
+    add(&[Fetching], Building);
+    add(&[Building], Patching);
+    add(&[Patching], RollingOut);
+    // Build-only.
+    add(&[Building], Succeeded);
+    // Failures, cancel and reset before the platform was touched.
+    add(&[Queued, Fetching, Building, Patching], FailedPre);
+    // Single mode.
+    add(&[RollingOut], Succeeded);
+    add(&[RollingOut], FailedRollout);
+    // Blue/green.
+    add(&[RollingOut], Validating);
+    add(&[Validating], Confirming);
+    add(&[Confirming], Succeeded);
+    add(&[Validating], FailedRollout);
+    add(&[Confirming], RolledBack);
+    add(&[Confirming], RollbackFailed);
+    // Rollback.
+    add(&[RollingOut, Validating, Confirming, Succeeded, FailedRollout, RollbackFailed, FailedPre], RollingBack);
+    add(&[RollingBack], RolledBack);
+    add(&[RollingBack], RollbackFailed);
+    // Reset: any in flight.
+    add(&[Confirming, RollingBack], FailedRollout);
+    pairs
+}
+
+fn actor() -> Actor {
+    Actor { oid: "op".to_owned(), name: String::new(), from: String::new() }
+}
+
+/// One of every kind of event, with the data that gives it its best chance.
+fn events(record: &Record) -> Vec<Event> {
+    let old = deployment("job-0", 1);
+    let way_back = WayBack::Snapshot(Box::new(snapshot_of(old.clone())));
+    let built = Built {
+        image: images('2')[&app()].clone(),
+        bases: Default::default(),
+        queued_ms: 0,
+        built_ms: 0,
+        adopted: false,
+    };
+    let fault = Told::permanent("it failed", "");
+    let all = vec![
+        Event::Start { job: Box::new(job("job-9", 3, Mode::Single)), override_quarantine: false },
+        Event::RollbackStarted { actor: actor(), reason: String::new() },
+        Event::Cancelled { actor: actor(), reason: String::new() },
+        Event::Reset { actor: actor(), reason: String::new() },
+        Event::Kept { actor: actor() },
+        Event::TrackCommits { actor: actor(), on: false },
+        Event::RefsSeen { latest: Latest::default() },
+        Event::HandedOver { to: ControllerId::Host },
+        Event::TookOver { by: ControllerId::Host },
+        Event::Claimed,
+        Event::Fetched(fetched()),
+        Event::BuildIntended { component: app() },
+        Event::BuildDone { component: app(), built },
+        Event::BuildsComplete,
+        Event::Prepared { to: Box::new(deployment("job-1", 2)), way_back, escape_hatch: vec![] },
+        Event::OpIntended { op: Op::StartNew },
+        Event::OpObserved { op: Op::StartNew },
+        Event::Landed,
+        Event::CutOverIntended,
+        Event::Converged { deadline: Millis(1) },
+        Event::FlipIntended { why: String::new() },
+        Event::Completed,
+        Event::Failed { fault },
+        Event::FlippedBack,
+        Event::RolledBack,
+        Event::RepairIntended { why: String::new() },
+        Event::SnapshotDropped { why: String::new() },
+    ];
+    // A new kind of event must be added above.
+    for event in &all {
+        match event {
+            Event::Start { .. }
+            | Event::RollbackStarted { .. }
+            | Event::Cancelled { .. }
+            | Event::Reset { .. }
+            | Event::Kept { .. }
+            | Event::TrackCommits { .. }
+            | Event::RefsSeen { .. }
+            | Event::HandedOver { .. }
+            | Event::TookOver { .. }
+            | Event::Claimed
+            | Event::Fetched(_)
+            | Event::BuildIntended { .. }
+            | Event::BuildDone { .. }
+            | Event::BuildsComplete
+            | Event::Prepared { .. }
+            | Event::OpIntended { .. }
+            | Event::OpObserved { .. }
+            | Event::Landed
+            | Event::CutOverIntended
+            | Event::Converged { .. }
+            | Event::FlipIntended { .. }
+            | Event::Completed
+            | Event::Failed { .. }
+            | Event::FlippedBack
+            | Event::RolledBack
+            | Event::RepairIntended { .. }
+            | Event::SnapshotDropped { .. } => {}
+        }
+    }
+    let _ = record;
+    all
+}
+
+/// Every way to be in a state that changes what may follow.
+fn variants(state: State) -> Vec<Record> {
+    let mut records = vec![record_in(state, Mode::Single), record_in(state, Mode::BlueGreen)];
+    for mut record in records.clone() {
+        record.job.as_mut().unwrap().build_only = true;
+        records.push(record);
+    }
+    if state == Confirming {
+        let mut open = record_in(state, Mode::BlueGreen);
+        let Phase::Confirming(c) = &mut open.phase else { unreachable!() };
+        (c.flip, c.deadline) = (None, Some(Millis(0)));
+        records.push(open);
+    }
+    records
+}
+
+#[test]
+fn the_contracts_table_pair_by_pair() {
+    let mut reached = BTreeSet::new();
+    for from in State::ALL {
+        for record in variants(from) {
+            for event in events(&record) {
+                if let Ok(phase) = next(&record, &event, Millis(5)) {
+                    let to = phase.state();
+                    // Staying is no transition, except that rollback from a rollback's failure and the like are listed.
+                    if to != from {
+                        reached.insert((from, to));
+                    }
+                }
+            }
+        }
+    }
+    let allowed = allowed();
+    for from in State::ALL {
+        for to in State::ALL.into_iter().filter(|to| *to != from) {
+            let pair = (from, to);
+            assert_eq!(
+                reached.contains(&pair),
+                allowed.contains(&pair),
+                "{} -> {}: reachable must equal the contract's table",
+                from.name(),
+                to.name()
+            );
+        }
+    }
+}
+
+#[test]
+fn a_start_is_refused_in_flight_and_accepted_in_every_resting_state() {
+    for state in State::ALL {
+        let record = record_in(state, Mode::BlueGreen);
+        let event = Event::Start { job: Box::new(job("job-9", 3, Mode::Single)), override_quarantine: false };
+        match next(&record, &event, Millis(0)) {
+            Ok(Phase::Queued) => assert!(!state.in_flight(), "{}", state.name()),
+            Err(Refused::InFlight { from }) => assert!(state.in_flight() && from == state),
+            other => panic!("{}: {other:?}", state.name()),
+        }
+    }
+}
+
+#[test]
+fn a_rollback_without_a_snapshot_is_refused_by_name() {
+    let mut record = record_in(Succeeded, Mode::Single);
+    record.snapshot = None;
+    let event = Event::RollbackStarted { actor: actor(), reason: String::new() };
+    assert_eq!(next(&record, &event, Millis(0)), Err(Refused::NoSnapshot));
+}
+
+#[test]
+fn success_needs_the_swap_to_be_observed() {
+    for op in [Op::StartNew, Op::CutOver, Op::Settle] {
+        let mut record = record_in(RollingOut, Mode::Single);
+        let Phase::RollingOut(swap) = &mut record.phase else { unreachable!() };
+        swap.ops.get_mut(&op).unwrap().observed_at = None;
+        assert!(matches!(next(&record, &Event::Completed, Millis(0)), Err(Refused::Inconsistent { .. })), "{op:?}");
+    }
+}
+
+#[test]
+fn a_swap_needs_a_way_back_to_what_runs() {
+    let record = record_in(Patching, Mode::Single);
+    let prepared = |way_back| Event::Prepared { to: Box::new(deployment("job-1", 2)), way_back, escape_hatch: vec![] };
+    assert!(next(&record, &prepared(WayBack::FirstDeployment), Millis(0)).is_err());
+    let other = WayBack::Snapshot(Box::new(snapshot_of(deployment("job-7", 4))));
+    assert!(next(&record, &prepared(other), Millis(0)).is_err());
+}
+
+#[test]
+fn a_quarantined_commit_needs_the_override() {
+    let failed = apply(
+        &record_in(Validating, Mode::BlueGreen),
+        &Event::Failed { fault: Told::permanent("probes fail", "") },
+        Millis(3),
+    )
+    .unwrap()
+    .record;
+    let again =
+        |override_quarantine| Event::Start { job: Box::new(job("job-2", 2, Mode::Single)), override_quarantine };
+    assert!(matches!(next(&failed, &again(false), Millis(4)), Err(Refused::Quarantined { .. })));
+    let started = apply(&failed, &again(true), Millis(4)).unwrap().record;
+    assert_eq!(started.phase.state(), Queued);
+    assert!(started.quarantine.is_empty());
+}
+
+#[test]
+fn every_commit_but_a_look_that_found_nothing_adds_exactly_one_line() {
+    for state in State::ALL {
+        for record in variants(state) {
+            for event in events(&record) {
+                let Ok(commit) = apply(&record, &event, Millis(5)) else {
+                    continue;
+                };
+                let expect = usize::from(!matches!(event, Event::RefsSeen { .. }));
+                assert_eq!(commit.lines.len(), expect, "{} in {}", event.name(), state.name());
+                assert_eq!(commit.record.history.count, record.history.count + expect as u64);
+            }
+        }
+    }
+}
+
+#[test]
+fn budgets_count_from_the_phase_not_from_the_job() {
+    let mut record = record_in(Queued, Mode::Single);
+    record.entered_at = Millis(10);
+    let fetching = apply(&record, &Event::Claimed, Millis(777)).unwrap().record;
+    assert_eq!(fetching.entered_at, Millis(777));
+    let still = apply(&fetching, &Event::TookOver { by: ControllerId::Host }, Millis(900)).unwrap().record;
+    assert_eq!(still.entered_at, Millis(777), "a take-over gives no new budget");
+}
+
+#[test]
+fn the_stored_form_survives_and_keeps_unknown_fields() {
+    use replank_core::format;
+    for state in State::ALL {
+        for record in variants(state) {
+            let mut value: serde_json::Value = serde_json::from_slice(&format::write(&record).unwrap()).unwrap();
+            value["a_newer_field"] = serde_json::json!({"deep": [1, 2]});
+            value["job"]["a_newer_job_field"] = serde_json::json!("x");
+            let read = format::read(&serde_json::to_vec(&value).unwrap()).unwrap();
+            let again: serde_json::Value = serde_json::from_slice(&format::write(&read).unwrap()).unwrap();
+            assert_eq!(again, value, "{}", state.name());
+            assert_eq!(read.phase, record.phase);
+        }
+    }
+    let mut value: serde_json::Value = serde_json::from_slice(&format::write(&running_record()).unwrap()).unwrap();
+    value["min_reader"] = serde_json::json!(format::FORMAT + 1);
+    assert!(matches!(format::read(&serde_json::to_vec(&value).unwrap()), Err(format::FormatError::TooNew { .. })));
+}

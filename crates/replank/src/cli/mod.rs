@@ -1,0 +1,324 @@
+//! The command line: what can be typed, and how it becomes typed arguments.
+
+mod client;
+mod commands;
+mod failure;
+mod plain;
+mod show;
+pub mod tokens;
+mod watch;
+
+use std::ffi::OsString;
+use std::io::{IsTerminal as _, Write as _};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
+
+use crate::config::env::Environment;
+use failure::{Code, Failure};
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    done
+  1    the job ended failed, or something broke here
+  2    wrong usage or configuration
+  3    refused: wrong state, nothing newer, quarantined, asked too soon
+  4    the service cannot be reached, or cannot answer now
+  5    not signed in, or not allowed
+  6    timed out while watching; the job goes on
+  130  Ctrl-C while watching; the job goes on
+
+Environment:
+  REPLANK_URL         where the service answers (--url)
+  REPLANK_TOKEN_FILE  file with a token (--token-file)
+  REPLANK_CONFIG      path of replank.toml (--config)
+  REPLANK_LOG         log filter, such as debug or replank=trace
+  NO_COLOR            no colours";
+
+const EXAMPLES: &str = "\
+A first time, on the machine that runs the application:
+  replank deploy                         start the application from replank.toml
+  replank token create me --role admin   make a token, into tokens/me
+  replank status
+  replank start                          upgrade to the newest release, and watch";
+
+/// The upgrade button for self-hosted container applications.
+#[derive(Debug, Parser)]
+#[command(name = "replank", version, propagate_version = true, after_help = EXAMPLES, after_long_help = const_format(), max_term_width = 110)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+fn const_format() -> String {
+    format!("{EXAMPLES}\n\n{EXIT_CODES}")
+}
+
+#[derive(Debug, Clone, Args)]
+pub struct Global {
+    /// Path of replank.toml [default: ./replank.toml, or in REPLANK_HOME]
+    #[arg(long, global = true, value_name = "FILE", help_heading = "Everywhere")]
+    pub config: Option<PathBuf>,
+    /// Where the service answers [default: from the configuration, or http://127.0.0.1:8086]
+    #[arg(long, global = true, value_name = "URL", help_heading = "Everywhere")]
+    pub url: Option<String>,
+    /// File with the token to sign in with [default: the only file in tokens/ beside the configuration]
+    #[arg(long, global = true, value_name = "FILE", help_heading = "Everywhere")]
+    pub token_file: Option<PathBuf>,
+    /// Write stable JSON instead of text for people
+    #[arg(long, global = true, help_heading = "Everywhere")]
+    pub json: bool,
+    /// How log lines on standard error look
+    #[arg(long, global = true, value_enum, default_value_t, help_heading = "Everywhere")]
+    pub log_format: LogFormat,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    #[default]
+    Human,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the service: the engine, and the API that this command line speaks to.
+    Serve(Serve),
+    /// Deploy an application for the first time, from its configuration.
+    #[command(after_help = "Example: replank deploy --config /srv/shop/replank.toml 1.4.0")]
+    Deploy(Deploy),
+    /// Show what runs, what is newest and what is going on.
+    Status(Status),
+    /// List the releases that can be started, and those that are refused with the reason.
+    Candidates,
+    /// Look at the git remote now.
+    Check,
+    /// Upgrade: build a release from its pinned commit, swap to it, prove it.
+    #[command(
+        after_help = "Examples:\n  replank start                      the newest release\n  replank start 1.4.0 --yes          without a question, for scripts\n  replank start --commit 4f2a…       a commit of the tracking branch\n  replank start 1.4.0 --build-only   build and push, touch nothing that runs\n  replank start --no-wait --json     queue it and print the row"
+    )]
+    Start(Start),
+    /// Go back to what ran before; needs neither git nor a build.
+    Rollback(Because),
+    /// End a job that has not touched anything yet.
+    Cancel(Because),
+    /// End the confirm window early: keep the new version.
+    Confirm,
+    /// Give up a stuck job.
+    Reset(ResetArgs),
+    /// Print a component's build log.
+    Logs(Logs),
+    /// Show what happened, or check that nobody edited it.
+    History(History),
+    /// Print the commands that restore the old version with Replank gone.
+    EscapeHatch,
+    /// Make, list and revoke tokens; needs the ledger, not the service.
+    #[command(subcommand)]
+    Token(TokenCommand),
+    /// Own the application's public ports and send their traffic where the controller says.
+    Proxy(crate::proxy::ProxyArgs),
+    /// Print a completion script for a shell.
+    #[command(after_help = "Example: replank completions bash > /etc/bash_completion.d/replank")]
+    Completions { shell: clap_complete::Shell },
+}
+
+#[derive(Debug, Args)]
+pub struct Serve {
+    /// Address and port to listen on [default: from the configuration, or 127.0.0.1:8086]
+    #[arg(long, value_name = "ADDRESS")]
+    pub listen: Option<SocketAddr>,
+    /// Development: requests from this machine need no token. Loopback only, never inside a deployed revision
+    #[arg(long)]
+    pub dev: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Deploy {
+    /// Release to deploy, such as 1.4.0 [default: the newest]
+    #[arg(value_name = "VERSION")]
+    pub release: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct Status {
+    /// Watch the running job to its end
+    #[arg(long, short)]
+    pub watch: bool,
+    #[command(flatten)]
+    pub patience: Patience,
+}
+
+#[derive(Debug, Args)]
+pub struct Patience {
+    /// Stop watching after this many seconds; the job goes on
+    #[arg(long, value_name = "SECONDS", default_value_t = 7_200)]
+    pub timeout: u64,
+}
+
+#[derive(Debug, Args)]
+pub struct Start {
+    /// Release to upgrade to, such as 1.4.0 [default: the newest]
+    #[arg(value_name = "VERSION", conflicts_with = "commit")]
+    pub release: Option<String>,
+    /// Full id of a commit of the tracking branch
+    #[arg(long, value_name = "SHA")]
+    pub commit: Option<String>,
+    /// Why, for the history; at most 280 characters
+    #[arg(long)]
+    pub reason: Option<String>,
+    /// Makes a repeated start harmless: the same key and target give the same job
+    #[arg(long, value_name = "KEY")]
+    pub idempotency_key: Option<String>,
+    /// Confirm that users may notice, without a question
+    #[arg(long, short)]
+    pub yes: bool,
+    /// Start a commit that failed before, knowingly
+    #[arg(long)]
+    pub override_quarantine: bool,
+    /// Build and push the images, and touch nothing that runs
+    #[arg(long)]
+    pub build_only: bool,
+    #[command(flatten)]
+    pub wait: Wait,
+}
+
+#[derive(Debug, Args)]
+pub struct Wait {
+    /// Return as soon as the job is queued
+    #[arg(long)]
+    pub no_wait: bool,
+    /// Watch the job to its end (the default)
+    #[arg(long, conflicts_with = "no_wait")]
+    pub wait: bool,
+    #[command(flatten)]
+    pub patience: Patience,
+}
+
+#[derive(Debug, Args)]
+pub struct Because {
+    /// Why, for the history; at most 280 characters
+    #[arg(long)]
+    pub reason: Option<String>,
+    #[command(flatten)]
+    pub wait: Wait,
+}
+
+#[derive(Debug, Args)]
+pub struct ResetArgs {
+    /// Why, for the history; at most 280 characters
+    #[arg(long)]
+    pub reason: String,
+}
+
+#[derive(Debug, Args)]
+pub struct Logs {
+    pub component: String,
+    /// Job [default: the current one]
+    #[arg(long)]
+    pub job: Option<String>,
+    /// Go on until the build ends
+    #[arg(long, short)]
+    pub follow: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct History {
+    /// How many of the newest events
+    #[arg(long, default_value_t = 50)]
+    pub limit: usize,
+    /// Check the whole chain against its anchor, straight in the ledger
+    #[arg(long)]
+    pub verify: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum TokenCommand {
+    /// Make a token. The secret goes into a new file that only its owner can read, and nowhere else.
+    #[command(after_help = "Example: replank token create alice --role admin --expires 90d --out alice.token")]
+    Create {
+        name: String,
+        #[arg(long, value_enum, default_value_t)]
+        role: RoleArg,
+        /// 90d, 12h, 30m or never
+        #[arg(long, default_value = "90d", value_name = "TIME")]
+        expires: String,
+        /// New file for the secret [default: tokens/NAME beside the configuration]
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
+    },
+    /// List tokens: names, roles and times, never secrets.
+    List,
+    /// Make a token useless, at once.
+    Revoke { name: String },
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum RoleArg {
+    /// May look
+    #[default]
+    Reader,
+    /// May start, roll back, cancel, confirm and reset
+    Admin,
+}
+
+/// Parses, runs, reports. Everything that fails ends here as one line and an exit code.
+pub fn main(args: impl Iterator<Item = OsString>, env: &Environment) -> ExitCode {
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version come here too, with their own streams and codes.
+            let code = u8::try_from(error.exit_code()).unwrap_or(Code::Usage as u8);
+            return if error.print().is_ok() { ExitCode::from(code) } else { ExitCode::from(Code::Failed as u8) };
+        }
+    };
+    // A service's log is its voice; a command speaks for itself, and only trouble may break in.
+    let usual = if matches!(cli.command, Command::Serve(_) | Command::Proxy(_)) { "info" } else { "warn" };
+    log(cli.global.log_format, env, usual);
+    // Refuses a second provider only, and then the first one serves.
+    if rustls::crypto::ring::default_provider().install_default().is_err() {
+        tracing::debug!("a TLS provider was installed before");
+    }
+    let json = cli.global.json;
+    let outcome = match cli.command {
+        // It makes its own, smaller runtime.
+        Command::Proxy(args) => crate::proxy::run(args).map(|()| ExitCode::SUCCESS).map_err(Failure::from),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "replank", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+        command => tokio::runtime::Builder::new_multi_thread()
+            .enable_all()
+            .build()
+            .map_err(|e| Failure::from(anyhow::Error::new(e).context("the program's threads could not be started")))
+            .and_then(|runtime| runtime.block_on(commands::run(command, cli.global, env))),
+    };
+    outcome.unwrap_or_else(|failure| {
+        let line = if json {
+            serde_json::json!({ "error": failure.message, "code": failure.code as u8 }).to_string()
+        } else {
+            format!("replank: {failure}")
+        };
+        if writeln!(std::io::stderr(), "{line}").is_err() {
+            return ExitCode::from(Code::Failed as u8);
+        }
+        failure.exit()
+    })
+}
+
+fn log(format: LogFormat, env: &Environment, usual: &str) {
+    let filter = env.get("REPLANK_LOG").unwrap_or(usual);
+    let filter =
+        tracing_subscriber::EnvFilter::try_new(filter).unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(usual));
+    let colours = std::io::stderr().is_terminal() && env.get("NO_COLOR").is_none();
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let set = match format {
+        LogFormat::Human => builder.with_ansi(colours).try_init(),
+        LogFormat::Json => builder.json().try_init(),
+    };
+    // Only a second initialisation fails, and then the first one stands.
+    drop(set);
+}

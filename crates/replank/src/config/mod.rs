@@ -1,0 +1,234 @@
+//! From `replank.toml` and the environment to [`Settings`]: raw, merged, validated. Only the validated type travels.
+
+mod check;
+pub mod env;
+pub mod manifest;
+mod raw;
+pub mod reader;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use replank_adapters::platform::docker::config::{
+    ContainerConfig, DockerConfig, ListenerConfig, ProxyConfig, SecretSource,
+};
+use replank_core::phase::Mode;
+use replank_core::policy::Policy;
+use replank_core::record::OnRolloutFailure;
+use replank_core::words::{AppName, ComponentName, ContainerName, InstallationId};
+
+use env::Environment;
+use reader::{Document, Problem, TEXT_MAX};
+
+/// The file's usual name.
+pub const FILE: &str = "replank.toml";
+/// Where the service listens unless told otherwise: loopback, so that nothing is public by accident.
+pub const LISTEN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8086);
+
+/// Everything an operator decides, checked. Made by [`Settings::load`] only.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The configuration file, absolute.
+    pub file: PathBuf,
+    /// The directory of the file: `ledger/`, `proxy/`, `work/` and `tokens/` live in it.
+    pub home: PathBuf,
+    pub application: AppName,
+    /// `None`: nothing is ever discovered, and status says so.
+    pub source: Option<SourceSettings>,
+    pub server: ServerSettings,
+    pub build: BuildSettings,
+    pub registry: Option<RegistrySettings>,
+    pub components: BTreeMap<ComponentName, ComponentSettings>,
+    pub platform: PlatformSettings,
+    pub policy: Policy,
+    pub mode: Mode,
+    pub on_rollout_failure: OnRolloutFailure,
+    /// `UPGRADE_ADMIN_OIDS`: counts for verified identities only, never for tokens.
+    pub admin_oids: BTreeSet<String>,
+    /// `APP_VERSION`: the version that this controller's own image was built as.
+    pub app_version: Option<String>,
+    /// `CONTAINER_APP_NAME`: set where this runs on Azure Container Apps.
+    pub container_app: Option<String>,
+    /// `REPLANK_REVISION`: set by the platform inside a deployed revision.
+    pub revision: Option<String>,
+    /// `AUTH_DEV_BYPASS`; by itself it does nothing here (security rules, Sign-in): see the http module.
+    pub auth_dev_bypass: bool,
+}
+
+#[derive(Debug, Clone)]
+pub struct SourceSettings {
+    /// As configured; the source adapter judges the URL itself. Shown only through [`shown`].
+    pub remote: String,
+    pub branch: String,
+    pub credential: Option<CredentialSettings>,
+    pub allow_loopback: bool,
+    pub allow_private: bool,
+    pub ca_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone)]
+pub struct CredentialSettings {
+    pub username: String,
+    pub password: SecretSource,
+}
+
+#[derive(Debug, Clone)]
+pub struct ServerSettings {
+    pub listen: SocketAddr,
+    /// Lower case, each `host` or `host:port`.
+    pub public_hosts: Vec<String>,
+}
+
+#[derive(Debug, Clone)]
+pub struct BuildSettings {
+    pub parallel: usize,
+    pub memory_bytes: Option<u64>,
+    pub cpu_millis: Option<u32>,
+    pub secrets: BTreeMap<String, SecretSource>,
+}
+
+#[derive(Debug, Clone)]
+pub struct RegistrySettings {
+    /// `host` or `host:port`.
+    pub host: String,
+    pub push: bool,
+    pub insecure: bool,
+    pub username: Option<String>,
+    pub password_file: Option<PathBuf>,
+}
+
+/// How a component's image is built when the release says nothing else.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ComponentSettings {
+    pub dockerfile: String,
+    pub context: String,
+    pub target: Option<String>,
+    pub args: BTreeMap<String, String>,
+    pub platform: Option<String>,
+    pub secrets: Vec<String>,
+    /// Without a tag; begins with the registry's host where one is configured.
+    pub repository: String,
+}
+
+#[derive(Debug, Clone)]
+pub struct PlatformSettings {
+    pub socket: PathBuf,
+    pub containers: BTreeMap<ContainerName, ContainerConfig>,
+    pub listeners: BTreeMap<String, ListenerConfig>,
+    pub networks: BTreeSet<String>,
+    pub proxy: ProxyConfig,
+}
+
+/// Every problem of a configuration, in the order of the file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problems(pub Vec<Problem>);
+
+impl fmt::Display for Problems {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, problem) in self.0.iter().enumerate() {
+            if index > 0 {
+                f.write_str("\n")?;
+            }
+            write!(f, "{problem}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Problems {}
+
+impl Settings {
+    /// Reads and checks a configuration file.
+    pub fn load(file: &Path, env: &Environment) -> Result<Self, Problems> {
+        let shown = file.display().to_string();
+        let problem = |what: String, advice: &str| {
+            Problems(vec![Problem {
+                file: shown.clone(),
+                line: 0,
+                column: 0,
+                key: String::new(),
+                what,
+                advice: advice.to_owned(),
+            }])
+        };
+        let absolute = std::path::absolute(file)
+            .map_err(|e| problem(format!("the path cannot be used: {e}"), "give the path of replank.toml"))?;
+        let text = read_bounded(&absolute).map_err(|e| {
+            problem(
+                format!("the configuration cannot be read: {e}"),
+                "give its path with --config, or run in its directory",
+            )
+        })?;
+        Self::parse(&shown, &absolute, &text, env)
+    }
+
+    /// As [`Settings::load`], from a text. `file` must be absolute: its directory is the home.
+    pub fn parse(shown: &str, file: &Path, text: &str, env: &Environment) -> Result<Self, Problems> {
+        let doc = Document::parse(shown, text, "").map_err(Problems)?;
+        check::settings(&doc, file, env)
+    }
+
+    pub fn ledger_dir(&self) -> PathBuf {
+        self.home.join("ledger")
+    }
+
+    pub fn work_dir(&self) -> PathBuf {
+        self.home.join("work")
+    }
+
+    pub fn tokens_dir(&self) -> PathBuf {
+        self.home.join("tokens")
+    }
+
+    pub fn proxy_dir(&self) -> PathBuf {
+        self.home.join("proxy")
+    }
+
+    /// The platform's own configuration, for the installation that the ledger knows.
+    pub fn docker(&self, installation: InstallationId) -> DockerConfig {
+        DockerConfig {
+            socket: self.platform.socket.clone(),
+            home: self.home.clone(),
+            application: self.application.clone(),
+            installation,
+            containers: self.platform.containers.clone(),
+            listeners: self.platform.listeners.clone(),
+            networks: self.platform.networks.clone(),
+            proxy: self.platform.proxy.clone(),
+        }
+    }
+
+    /// Names that a Host header may carry beside loopback: public ones, and those by which the application's own containers
+    /// know the controllers.
+    pub fn hosts(&self) -> BTreeSet<String> {
+        let controllers =
+            self.platform.containers.iter().filter(|(_, c)| c.controller).map(|(name, _)| name.to_string());
+        self.server.public_hosts.iter().cloned().chain(controllers).collect()
+    }
+
+    /// The remote as status shows it.
+    pub fn shown_remote(&self) -> Option<String> {
+        self.source.as_ref().map(|source| shown(&source.remote))
+    }
+}
+
+/// A URL without userinfo.
+pub fn shown(remote: &str) -> String {
+    match remote.split_once("://") {
+        Some((scheme, rest)) => {
+            let (authority, path) = rest.find('/').map_or((rest, ""), |at| rest.split_at(at));
+            let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
+            format!("{scheme}://{host}{path}")
+        }
+        None => String::new(),
+    }
+}
+
+fn read_bounded(file: &Path) -> std::io::Result<String> {
+    use std::io::Read as _;
+    let mut text = String::new();
+    std::fs::File::open(file)?.take(TEXT_MAX as u64 + 1).read_to_string(&mut text)?;
+    Ok(text)
+}

@@ -1,0 +1,134 @@
+//! The commands and views that every face of Replank (HTTP, command line) is made of. Faces call these and nothing else.
+
+use std::collections::BTreeMap;
+
+use async_trait::async_trait;
+use replank_core::history::Line;
+use replank_core::ports::{EscapeHatch, LogChunk, Progress, TagRef};
+use replank_core::record::{Actor, Record, TargetKind};
+use replank_core::words::{ComponentName, JobId, Millis};
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+
+/// A start as a client asks for it (contract §2), before anything is checked.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StartRequest {
+    #[serde(default)]
+    pub target_version: Option<String>,
+    #[serde(default)]
+    pub target_sha: Option<String>,
+    #[serde(default)]
+    pub target_kind: Option<TargetKind>,
+    #[serde(default)]
+    pub confirm_downtime: bool,
+    #[serde(default)]
+    pub reason: Option<String>,
+    #[serde(default)]
+    pub idempotency_key: Option<String>,
+    /// Build and push, and touch nothing that runs.
+    #[serde(default)]
+    pub build_only: bool,
+    /// Start a commit that failed before, knowingly.
+    #[serde(default)]
+    pub override_quarantine: bool,
+}
+
+/// Why a command was not carried out. Each text is one sentence with what to do next, free of secrets.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    /// The request itself is wrong: 422 (400 where the contract says so).
+    #[error("{0}")]
+    Invalid(String),
+    /// It is right and cannot happen now: 409.
+    #[error("{0}")]
+    Conflict(String),
+    #[error("{0}")]
+    NotFound(String),
+    /// 429 with `Retry-After`.
+    #[error("asked too soon after the last time: wait {retry_after_s} s")]
+    TooSoon { retry_after_s: u64 },
+    /// Something Replank depends on does not answer: 503. The text may be shown.
+    #[error("{0}")]
+    Unavailable(String),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Candidates {
+    pub configured: bool,
+    pub remote: Option<String>,
+    pub running_version: String,
+    /// Newer than running and not refused, newest first, at most 20.
+    pub candidates: Vec<TagRef>,
+    /// Newer than running and refused, with the reason in `refused`.
+    pub refused: Vec<TagRef>,
+    pub error: Option<String>,
+}
+
+/// One image of the snapshot, looked up now.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct PreflightImage {
+    pub image_ref: String,
+    pub exists: bool,
+    pub created_on: Option<Millis>,
+    pub error: Option<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Preflight {
+    pub available: bool,
+    pub reason: String,
+    pub images: Vec<PreflightImage>,
+}
+
+/// What the record does not hold: how far this process's builds are, and what the driver waits for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Default)]
+pub struct Live {
+    /// Grows with every change of the record or of the fields below.
+    pub seq: u64,
+    pub progress: BTreeMap<ComponentName, Progress>,
+    /// What happens next or is waited for, in words.
+    pub next_action: String,
+    pub next_deadline: Option<Millis>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LogRead {
+    Chunk(LogChunk),
+    /// The current job's, and not begun: an empty 200 (lesson 13).
+    NotBegun,
+    /// No such job, or it has no such log.
+    Unknown,
+}
+
+/// Everything a face may do.
+#[async_trait]
+pub trait Engine: Send + Sync + std::fmt::Debug {
+    /// The record as it is stored now.
+    async fn record(&self) -> Result<Record, Refusal>;
+    /// The live part; `changed()` fires on every change of the record too.
+    fn live(&self) -> watch::Receiver<Live>;
+    /// Cached for 15 s.
+    async fn candidates(&self) -> Result<Candidates, Refusal>;
+    /// Looks at the remote now, and records what is new.
+    async fn check(&self, actor: &Actor) -> Result<Record, Refusal>;
+    async fn track_commits(&self, actor: &Actor, on: bool) -> Result<Record, Refusal>;
+    async fn start(&self, actor: &Actor, request: StartRequest) -> Result<Record, Refusal>;
+    async fn rollback(&self, actor: &Actor, reason: &str) -> Result<Record, Refusal>;
+    async fn cancel(&self, actor: &Actor, reason: &str) -> Result<Record, Refusal>;
+    /// Ends the confirm window early: keep.
+    async fn keep(&self, actor: &Actor) -> Result<Record, Refusal>;
+    async fn reset(&self, actor: &Actor, reason: &str) -> Result<Record, Refusal>;
+    async fn preflight(&self) -> Result<Preflight, Refusal>;
+    async fn escape_hatch(&self) -> Result<EscapeHatch, Refusal>;
+    /// Names of the configured components: what the build-log route knows.
+    fn components(&self) -> Vec<ComponentName>;
+    async fn read_log(&self, job: &JobId, component: &ComponentName, from: u64, max: usize)
+    -> Result<LogRead, Refusal>;
+    /// Returns when the log may have grown beyond `from`, or after at most 1 s.
+    async fn log_changed(&self, job: &JobId, component: &ComponentName, from: u64);
+    /// The newest `limit` lines, oldest of them first.
+    async fn history(&self, limit: usize) -> Result<Vec<Line>, Refusal>;
+    /// The ledger answers and this controller's loop turns.
+    async fn ready(&self) -> Result<(), Refusal>;
+}

@@ -1,0 +1,200 @@
+//! What can be started: the remote's releases, compared with what runs and with the commits seen first.
+
+use std::sync::Arc;
+
+use replank_core::fault::Fault;
+use replank_core::ports::{Clock, Ledger, Refs, Source, TagRef};
+use replank_core::record::{Record, Target, TargetKind};
+use replank_core::words::{CommitSha, Millis, Version};
+use tokio::sync::Mutex;
+
+use super::api::{Refusal, StartRequest};
+use super::reconcile::describe;
+
+/// Contract §2: candidates are cached for 15 s, and a check may follow another after 15 s.
+pub(super) const FRESH_MS: u64 = 15_000;
+/// Contract §2: at most 20 tags are offered.
+pub(super) const OFFERED_MAX: usize = 20;
+
+/// The last look at the remote. One look at a time: callers that come while it is under way share its result.
+#[derive(Debug)]
+pub(super) struct Remote {
+    source: Arc<dyn Source>,
+    ledger: Arc<dyn Ledger>,
+    clock: Arc<dyn Clock>,
+    last: Mutex<Option<(Millis, Refs)>>,
+}
+
+impl Remote {
+    pub(super) fn new(source: Arc<dyn Source>, ledger: Arc<dyn Ledger>, clock: Arc<dyn Clock>) -> Self {
+        Self { source, ledger, clock, last: Mutex::new(None) }
+    }
+
+    pub(super) fn shown(&self) -> String {
+        self.source.remote()
+    }
+
+    /// The remote's refs, at most `max_age` old, with moved tags refused.
+    pub(super) async fn refs(&self, max_age: u64) -> Result<Refs, Fault> {
+        let mut last = self.last.lock().await;
+        let now = self.clock.now();
+        if let Some((at, refs)) = last.as_ref()
+            && now.since(*at) < max_age
+        {
+            return Ok(refs.clone());
+        }
+        let mut refs = self.source.refs().await?;
+        let seen: Vec<(String, CommitSha)> = refs.tags.iter().map(|t| (t.raw_ref.clone(), t.commit.clone())).collect();
+        let first = self.ledger.first_seen(&seen, now).await.map_err(|e| {
+            let why = describe(&e);
+            Fault::transient(format!("the commits that were seen first could not be read: {why}"))
+        })?;
+        for tag in &mut refs.tags {
+            if let Some(pinned) = first.get(&tag.raw_ref).filter(|pinned| **pinned != tag.commit) {
+                tag.refused = Some(format!(
+                    "the tag was moved: it was seen first at {pinned} and is now at {}; publish a new version instead",
+                    tag.commit
+                ));
+            }
+        }
+        *last = Some((now, refs.clone()));
+        Ok(refs)
+    }
+}
+
+/// Newer than what runs, by base release (contract §1). Everything is newer than nothing.
+pub(super) fn is_newer(version: &Version, record: &Record) -> bool {
+    record.running.as_ref().is_none_or(|running| version.base() > running.version.base())
+}
+
+/// Release tags newer than what runs, newest first, as offered and as refused.
+pub(super) fn offer(refs: &Refs, record: &Record) -> (Vec<TagRef>, Vec<TagRef>) {
+    let newer = refs.tags.iter().filter(|tag| is_newer(&tag.version, record)).cloned();
+    let (offered, refused): (Vec<_>, Vec<_>) = newer.partition(|tag| tag.refused.is_none());
+    (offered.into_iter().take(OFFERED_MAX).collect(), refused.into_iter().take(OFFERED_MAX).collect())
+}
+
+/// What a request means, by its own words alone: nothing is looked up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Wanted {
+    Newest,
+    Release { version: Version, sha: Option<CommitSha> },
+    Commit { sha: CommitSha },
+}
+
+pub(super) fn wanted(request: &StartRequest) -> Result<Wanted, Refusal> {
+    let invalid = |e: replank_core::words::BadWord| Refusal::Invalid(e.to_string());
+    let sha = request.target_sha.as_deref().map(CommitSha::new).transpose().map_err(invalid)?;
+    let version = request.target_version.as_deref().map(str::parse::<Version>).transpose().map_err(invalid)?;
+    match (request.target_kind, version, sha) {
+        (Some(TargetKind::Commit), Some(v), Some(_)) if v.commit.is_none() => {
+            Err(Refusal::Invalid(format!("{v} names a release and target_kind says commit: send only target_sha")))
+        }
+        (Some(TargetKind::Commit), _, Some(sha)) => Ok(Wanted::Commit { sha }),
+        (Some(TargetKind::Commit), _, None) => {
+            Err(Refusal::Invalid("a commit target needs target_sha, all 40 hex digits of it".to_owned()))
+        }
+        (kind, Some(version), sha) if version.commit.is_some() => match (kind, sha) {
+            (None, Some(sha)) => Ok(Wanted::Commit { sha }),
+            _ => Err(Refusal::Invalid(format!(
+                "{version} is a commit target: send target_sha and target_kind \"commit\""
+            ))),
+        },
+        (_, Some(version), sha) => Ok(Wanted::Release { version, sha }),
+        (None, None, Some(sha)) => Ok(Wanted::Commit { sha }),
+        (Some(TargetKind::Release), None, Some(_)) => {
+            Err(Refusal::Invalid("a release target needs target_version".to_owned()))
+        }
+        (_, None, None) => Ok(Wanted::Newest),
+    }
+}
+
+impl Wanted {
+    /// Whether a job that exists already is for this very target.
+    pub(super) fn is(&self, target: &Target) -> bool {
+        match self {
+            Self::Newest => true,
+            Self::Release { version, sha } => {
+                target.kind == TargetKind::Release
+                    && target.version == *version
+                    && sha.as_ref().is_none_or(|sha| *sha == target.commit)
+            }
+            Self::Commit { sha } => target.kind == TargetKind::Commit && target.commit == *sha,
+        }
+    }
+}
+
+/// The pinned target of a start: only what was offered, and newer (contract §1 for commits).
+pub(super) fn choose(wanted: &Wanted, refs: &Refs, record: &Record) -> Result<Target, Refusal> {
+    match wanted {
+        Wanted::Newest => {
+            let (offered, _) = offer(refs, record);
+            let tag =
+                offered.first().ok_or_else(|| Refusal::Conflict("there is no newer release to start".to_owned()))?;
+            Ok(release(tag))
+        }
+        Wanted::Release { version, sha } => {
+            let tag = refs.tags.iter().find(|tag| tag.version == *version).ok_or_else(|| {
+                let newest = refs.tags.first().map(|tag| format!(" (its newest is {})", tag.version.tag()));
+                Refusal::Conflict(format!(
+                    "the remote offers no release {}{}; publish the tag, or choose one of the candidates",
+                    version.tag(),
+                    newest.unwrap_or_default()
+                ))
+            })?;
+            if let Some(why) = &tag.refused {
+                return Err(Refusal::Conflict(format!("release {} cannot be started: {why}", version.tag())));
+            }
+            if let Some(sha) = sha.as_ref().filter(|sha| **sha != tag.commit) {
+                return Err(Refusal::Conflict(format!(
+                    "release {} is at {} and not at {sha}; look at the candidates again",
+                    version.tag(),
+                    tag.commit
+                )));
+            }
+            if !is_newer(version, record) {
+                let running = record.running.as_ref().map(|r| r.version.to_string()).unwrap_or_default();
+                return Err(Refusal::Conflict(format!(
+                    "{version} is not newer than what runs ({running}); to go back, use rollback"
+                )));
+            }
+            Ok(release(tag))
+        }
+        Wanted::Commit { sha } => {
+            if !record.track_commits {
+                return Err(Refusal::Conflict("commits are not followed: switch track_commits on first".to_owned()));
+            }
+            let running = record.running.as_ref().ok_or_else(|| {
+                Refusal::Conflict(
+                    "a commit target needs a running release to count from; start a release first".to_owned(),
+                )
+            })?;
+            if running.commit == *sha {
+                return Err(Refusal::Conflict(format!("commit {} is what runs already", sha.short())));
+            }
+            let known = record.latest.branch_head.as_ref() == Some(sha);
+            let head = refs.branch.as_ref().filter(|(_, head)| head == sha);
+            match (head, known) {
+                (Some((raw_ref, _)), true) => Ok(Target {
+                    kind: TargetKind::Commit,
+                    version: running.version.at_commit(sha),
+                    commit: sha.clone(),
+                    raw_ref: raw_ref.clone(),
+                }),
+                _ => Err(Refusal::Conflict(format!(
+                    "commit {} is not the recorded head of the tracking branch; run a check and choose again",
+                    sha.short()
+                ))),
+            }
+        }
+    }
+}
+
+fn release(tag: &TagRef) -> Target {
+    Target {
+        kind: TargetKind::Release,
+        version: tag.version.clone(),
+        commit: tag.commit.clone(),
+        raw_ref: tag.raw_ref.clone(),
+    }
+}

@@ -1,0 +1,371 @@
+//! Commands: each loads the record, records one event by compare-and-swap, and wakes the loop.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use replank_core::history::Line;
+use replank_core::ports::{EscapeHatch, LedgerError, LogId};
+use replank_core::record::{Actor, Job, Latest, Record};
+use replank_core::transition::{Event, Refused, apply};
+use replank_core::words::{ComponentName, IdempotencyKey, JobId, Nonce};
+use tokio::sync::watch;
+
+use super::api::{Candidates, Engine, Live, LogRead, Preflight, PreflightImage, Refusal, StartRequest};
+use super::candidates::{FRESH_MS, Remote, Wanted, choose, offer, wanted};
+use super::reconcile::describe;
+use super::setup::{Ports, Setup, Shared};
+
+/// A commit that loses this many races in a row meets more than operators.
+const RACES_MAX: u32 = 50;
+/// Contract §2.
+const REASON_MAX: usize = 280;
+/// Refs as old as this may name a target: its commit is pinned and checked after the clone, so age cannot mislead.
+const START_REFS_MS: u64 = 10 * 60_000;
+/// Somebody who starts what was published a moment ago gets it, and a script that asks for what is not there does not
+/// hammer the remote.
+const MISSED_REFS_MS: u64 = 2_000;
+/// A loop that has not turned for this long is stuck; its longest regular step is an observation of at most a minute.
+const LOOP_STUCK_MS: u64 = 120_000;
+
+/// The engine of this process.
+#[derive(Debug)]
+pub struct LocalEngine {
+    ports: Ports,
+    setup: Arc<Setup>,
+    shared: Arc<Shared>,
+    remote: Option<Remote>,
+}
+
+impl LocalEngine {
+    pub fn new(ports: Ports, setup: Arc<Setup>, shared: Arc<Shared>) -> Self {
+        let remote = ports.source.clone().map(|source| Remote::new(source, ports.ledger.clone(), ports.clock.clone()));
+        Self { ports, setup, shared, remote }
+    }
+
+    /// Records what `event` makes of the record as it is; `Ok(Err(record))` ends early with nothing to record.
+    async fn commit(
+        &self,
+        event: impl Fn(&Record) -> Result<Result<Event, Record>, Refusal>,
+    ) -> Result<Record, Refusal> {
+        for _ in 0..RACES_MAX {
+            let (record, etag) = self.load().await?;
+            let event = match event(&record)? {
+                Ok(event) => event,
+                Err(record) => return Ok(record),
+            };
+            let commit = apply(&record, &event, self.ports.clock.now()).map_err(refusal)?;
+            match self.ports.ledger.commit(Some(&etag), &commit.record, &commit.lines).await {
+                Ok(_) => {
+                    if commit.record.phase.state() != record.phase.state() {
+                        self.shared.entered();
+                    }
+                    self.shared.record_changed();
+                    self.shared.woken();
+                    return Ok(commit.record);
+                }
+                // What came of an unknown commit shows in the next load: the event is then refused, or found done.
+                Err(LedgerError::Conflict | LedgerError::Indeterminate(_)) => {}
+                Err(error) => return Err(unavailable(&error)),
+            }
+        }
+        Err(Refusal::Unavailable("the record changes faster than this request can follow; try again".to_owned()))
+    }
+
+    async fn load(&self) -> Result<(Record, replank_core::ports::Etag), Refusal> {
+        match self.ports.ledger.load().await {
+            Ok(Some(found)) => Ok(found),
+            Ok(None) => {
+                Err(Refusal::Unavailable("the application has no record yet; its controller is starting".to_owned()))
+            }
+            Err(error) => Err(unavailable(&error)),
+        }
+    }
+
+    fn new_job(
+        &self,
+        actor: &Actor,
+        request: &StartRequest,
+        target: replank_core::record::Target,
+    ) -> Result<Job, Refusal> {
+        let hex = |n: usize| -> String { self.ports.ids.random(n).iter().map(|b| format!("{b:02x}")).collect() };
+        let internal = |e: replank_core::words::BadWord| Refusal::Unavailable(e.to_string());
+        let idempotency_key = request.idempotency_key.as_deref().map(IdempotencyKey::new).transpose();
+        Ok(Job {
+            // Contract §2 gives the alphabet; the version in front is for people.
+            id: JobId::new(format!("{}-{}", target.version.tag(), hex(5))).map_err(internal)?,
+            target,
+            nonce: Nonce::new(hex(16)).map_err(internal)?,
+            actor: actor.clone(),
+            reason: request.reason.clone().unwrap_or_default(),
+            idempotency_key: idempotency_key.map_err(|e| Refusal::Invalid(e.to_string()))?,
+            started_at: self.ports.clock.now(),
+            mode: self.setup.mode,
+            on_rollout_failure: self.setup.on_rollout_failure,
+            build_only: request.build_only || self.ports.platform.is_none(),
+            extra: Default::default(),
+        })
+    }
+
+    fn remote(&self) -> Result<&Remote, Refusal> {
+        self.remote
+            .as_ref()
+            .ok_or_else(|| Refusal::Conflict("no remote is configured; set source.remote in replank.toml".to_owned()))
+    }
+}
+
+/// A job that exists already under the same idempotency key.
+fn repeated(record: &Record, key: Option<&str>, wanted: &Wanted) -> Result<bool, Refusal> {
+    let Some((job, key)) = record.job.as_ref().zip(key) else { return Ok(false) };
+    if job.idempotency_key.as_ref().is_none_or(|known| known.as_str() != key) {
+        return Ok(false);
+    }
+    if wanted.is(&job.target) {
+        return Ok(true);
+    }
+    Err(Refusal::Conflict(format!("idempotency key {key} was used for {} already; use a new key", job.target.version)))
+}
+
+fn refusal(refused: Refused) -> Refusal {
+    Refusal::Conflict(refused.to_string())
+}
+
+fn unavailable(error: &LedgerError) -> Refusal {
+    let text = describe(error);
+    tracing::error!(error = %text, "the ledger refused a command");
+    Refusal::Unavailable(text)
+}
+
+fn checked_reason(reason: &str) -> Result<(), Refusal> {
+    if reason.chars().count() > REASON_MAX {
+        return Err(Refusal::Invalid(format!("the reason is longer than {REASON_MAX} characters; shorten it")));
+    }
+    Ok(())
+}
+
+#[async_trait]
+impl Engine for LocalEngine {
+    async fn record(&self) -> Result<Record, Refusal> {
+        Ok(self.load().await?.0)
+    }
+
+    fn live(&self) -> watch::Receiver<Live> {
+        self.shared.live.subscribe()
+    }
+
+    async fn candidates(&self) -> Result<Candidates, Refusal> {
+        let record = self.record().await?;
+        let running_version = record.running.as_ref().map(|r| r.version.to_string()).unwrap_or_default();
+        let Some(remote) = &self.remote else {
+            return Ok(Candidates {
+                configured: false,
+                remote: None,
+                running_version,
+                candidates: vec![],
+                refused: vec![],
+                error: None,
+            });
+        };
+        let (candidates, refused, error) = match remote.refs(FRESH_MS).await {
+            Ok(refs) => {
+                let (offered, refused) = offer(&refs, &record);
+                (offered, refused, None)
+            }
+            Err(fault) => (vec![], vec![], Some(fault.told().sentence())),
+        };
+        Ok(Candidates { configured: true, remote: Some(remote.shown()), running_version, candidates, refused, error })
+    }
+
+    async fn check(&self, _actor: &Actor) -> Result<Record, Refusal> {
+        let remote = self.remote()?;
+        let record = self.record().await?;
+        let now = self.ports.clock.now();
+        if let Some(at) = record.latest.checked_at
+            && now.since(at) < FRESH_MS
+        {
+            let left = FRESH_MS - now.since(at);
+            return Err(Refusal::TooSoon { retry_after_s: left.div_ceil(1_000).max(1) });
+        }
+        let refs = remote.refs(0).await.map_err(|fault| Refusal::Unavailable(fault.told().sentence()))?;
+        self.commit(|record| {
+            let (offered, _) = offer(&refs, record);
+            let release = offered.first().map(|tag| (tag.version.clone(), tag.commit.clone()));
+            let branch_head = refs.branch.as_ref().map(|(_, head)| head.clone());
+            let latest = Latest { release, branch_head, checked_at: Some(self.ports.clock.now()) };
+            Ok(Ok(Event::RefsSeen { latest }))
+        })
+        .await
+    }
+
+    async fn track_commits(&self, actor: &Actor, on: bool) -> Result<Record, Refusal> {
+        self.commit(|record| {
+            if record.track_commits == on {
+                return Ok(Err(record.clone()));
+            }
+            Ok(Ok(Event::TrackCommits { actor: actor.clone(), on }))
+        })
+        .await
+    }
+
+    async fn start(&self, actor: &Actor, request: StartRequest) -> Result<Record, Refusal> {
+        // Everything that the request alone decides comes first: bad input changes nothing and costs no look-up.
+        if !request.confirm_downtime {
+            return Err(Refusal::Invalid("confirm_downtime must be true: an upgrade replaces what runs".to_owned()));
+        }
+        checked_reason(request.reason.as_deref().unwrap_or_default())?;
+        if let Some(key) = &request.idempotency_key {
+            IdempotencyKey::new(key.as_str()).map_err(|e| Refusal::Invalid(e.to_string()))?;
+        }
+        let wanted = wanted(&request)?;
+        let key = request.idempotency_key.as_deref();
+        let record = self.record().await?;
+        if repeated(&record, key, &wanted)? {
+            return Ok(record);
+        }
+        if record.phase.state().in_flight() {
+            return Err(refusal(Refused::InFlight { from: record.phase.state() }));
+        }
+        let remote = self.remote()?;
+        let refs = |age| async move { remote.refs(age).await.map_err(|f| Refusal::Unavailable(f.told().sentence())) };
+        let target = match choose(&wanted, &refs(START_REFS_MS).await?, &record) {
+            Ok(target) => target,
+            // What was just published may not be in the last look yet.
+            Err(_) => choose(&wanted, &refs(MISSED_REFS_MS).await?, &record)?,
+        };
+        let job = self.new_job(actor, &request, target)?;
+        let override_quarantine = request.override_quarantine;
+        self.commit(|record| {
+            if repeated(record, key, &wanted)? || record.job.as_ref().is_some_and(|known| known.id == job.id) {
+                return Ok(Err(record.clone()));
+            }
+            Ok(Ok(Event::Start { job: Box::new(job.clone()), override_quarantine }))
+        })
+        .await
+    }
+
+    async fn rollback(&self, actor: &Actor, reason: &str) -> Result<Record, Refusal> {
+        checked_reason(reason)?;
+        let record = self.record().await?;
+        let event = Event::RollbackStarted { actor: actor.clone(), reason: reason.to_owned() };
+        // Refused by the state before the images are looked at, so that the reason given is the first one.
+        apply(&record, &event, self.ports.clock.now()).map_err(refusal)?;
+        let preflight = self.preflight().await?;
+        if !preflight.available {
+            return Err(Refusal::Conflict(preflight.reason));
+        }
+        self.commit(|_| Ok(Ok(event.clone()))).await
+    }
+
+    async fn cancel(&self, actor: &Actor, reason: &str) -> Result<Record, Refusal> {
+        checked_reason(reason)?;
+        self.commit(|_| Ok(Ok(Event::Cancelled { actor: actor.clone(), reason: reason.to_owned() }))).await
+    }
+
+    async fn keep(&self, actor: &Actor) -> Result<Record, Refusal> {
+        self.commit(|_| Ok(Ok(Event::Kept { actor: actor.clone() }))).await
+    }
+
+    async fn reset(&self, actor: &Actor, reason: &str) -> Result<Record, Refusal> {
+        checked_reason(reason)?;
+        if reason.trim().is_empty() {
+            return Err(Refusal::Invalid("a reset needs a reason".to_owned()));
+        }
+        self.commit(|_| Ok(Ok(Event::Reset { actor: actor.clone(), reason: reason.to_owned() }))).await
+    }
+
+    async fn preflight(&self) -> Result<Preflight, Refusal> {
+        let record = self.record().await?;
+        let none = |reason: &str| Preflight { available: false, reason: reason.to_owned(), images: vec![] };
+        let Some(swap) = replank_core::transition::reverse_of(&record) else {
+            return Ok(none("there is no snapshot to roll back to"));
+        };
+        let mut images = Vec::new();
+        for image in swap.to.images.values() {
+            let found = self.ports.registry.resolve(image).await;
+            images.push(match found {
+                Ok(Some(stored)) => PreflightImage {
+                    image_ref: image.to_string(),
+                    exists: true,
+                    created_on: stored.created_at,
+                    error: None,
+                },
+                Ok(None) => {
+                    PreflightImage { image_ref: image.to_string(), exists: false, created_on: None, error: None }
+                }
+                Err(fault) => PreflightImage {
+                    image_ref: image.to_string(),
+                    exists: false,
+                    created_on: None,
+                    error: Some(fault.told().sentence()),
+                },
+            });
+        }
+        let missing: Vec<&str> = images.iter().filter(|i| !i.exists).map(|i| i.image_ref.as_str()).collect();
+        let reason = if missing.is_empty() {
+            format!("{} can be restored", swap.to.version)
+        } else {
+            format!("an image of {} cannot be found: {}", swap.to.version, missing.join(", "))
+        };
+        Ok(Preflight { available: missing.is_empty(), reason, images })
+    }
+
+    async fn escape_hatch(&self) -> Result<EscapeHatch, Refusal> {
+        let record = self.record().await?;
+        let swap = replank_core::transition::reverse_of(&record)
+            .ok_or_else(|| Refusal::NotFound("there is no snapshot, so there is nothing to go back to".to_owned()))?;
+        let platform = self
+            .ports
+            .platform
+            .as_ref()
+            .ok_or_else(|| Refusal::NotFound("without a platform there is nothing to restore".to_owned()))?;
+        Ok(platform.escape_hatch(&swap.to, swap.from.as_ref(), record.generation))
+    }
+
+    fn components(&self) -> Vec<ComponentName> {
+        self.setup.components.clone()
+    }
+
+    async fn read_log(
+        &self,
+        job: &JobId,
+        component: &ComponentName,
+        from: u64,
+        max: usize,
+    ) -> Result<LogRead, Refusal> {
+        let id = LogId { job: job.clone(), component: component.clone() };
+        match self.ports.logs.read(&id, from, max).await {
+            Ok(Some(chunk)) => Ok(LogRead::Chunk(chunk)),
+            Ok(None) => {
+                let record = self.record().await?;
+                let current = record.job.as_ref().is_some_and(|j| j.id == *job);
+                Ok(if current { LogRead::NotBegun } else { LogRead::Unknown })
+            }
+            Err(error) => {
+                tracing::error!(error = %error, "a build log could not be read");
+                Err(Refusal::Unavailable("the build log cannot be read now; try again".to_owned()))
+            }
+        }
+    }
+
+    async fn log_changed(&self, job: &JobId, component: &ComponentName, from: u64) {
+        let id = LogId { job: job.clone(), component: component.clone() };
+        if let Err(error) = self.ports.logs.changed(&id, from).await {
+            tracing::warn!(error = %error, "a build log cannot be followed");
+            tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+        }
+    }
+
+    async fn history(&self, limit: usize) -> Result<Vec<Line>, Refusal> {
+        let record = self.record().await?;
+        let from = record.history.count.saturating_sub(limit as u64);
+        self.ports.ledger.history(from, limit).await.map_err(|e| unavailable(&e))
+    }
+
+    async fn ready(&self) -> Result<(), Refusal> {
+        self.load().await?;
+        let quiet = self.ports.clock.now().since(self.shared.last_turn());
+        if quiet > LOOP_STUCK_MS {
+            return Err(Refusal::Unavailable(format!("the loop has not turned for {} s", quiet / 1_000)));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,12 @@
+//! The engine: commands that record events, and the loop that carries them out.
+
+pub mod api;
+mod candidates;
+mod commands;
+mod execute;
+mod reconcile;
+mod setup;
+
+pub use commands::LocalEngine;
+pub use reconcile::Reconciler;
+pub use setup::{Ports, Recipes, Setup, Shared};

@@ -1,0 +1,341 @@
+//! The loop: load, observe, decide, then record, act or wait. It takes no input; signals only wake it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use replank_core::decide::{Action, Decision, Ended, Streaks, TaskId, Tasks, View, ask, decide};
+use replank_core::fault::Class;
+use replank_core::phase::{Confirming, Phase, State};
+use replank_core::ports::{LedgerError, Observation, Presence};
+use replank_core::record::Record;
+use replank_core::transition::{Event, apply};
+use replank_core::words::Millis;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::execute::Executor;
+use super::setup::{Ports, Setup, Shared};
+
+/// Architecture, "Who drives": the heartbeat is written every five seconds.
+const BEAT_EVERY: Duration = Duration::from_secs(5);
+/// How soon a change that another process made is noticed.
+const POLL_EVERY: Duration = Duration::from_secs(1);
+/// Longest wait after the ledger could not be used.
+const LEDGER_BACKOFF_MAX: Duration = Duration::from_secs(10);
+/// A look at the platform that takes longer than this has failed; probes have their own, shorter limits.
+const OBSERVE_LIMIT: Duration = Duration::from_secs(60);
+
+/// One controller's loop.
+#[derive(Debug)]
+pub struct Reconciler {
+    ports: Ports,
+    setup: Arc<Setup>,
+    shared: Arc<Shared>,
+    executor: Arc<Executor>,
+    tasks: Tasks,
+    handles: BTreeMap<TaskId, JoinHandle<()>>,
+    results: mpsc::Receiver<(TaskId, Ended)>,
+    streaks: Streaks,
+    seen_etag: Option<replank_core::ports::Etag>,
+    /// No turn has driven a job yet in this process.
+    fresh: bool,
+}
+
+/// A repair at rest that was refused for good may be possible after an operator has acted.
+const FORGET_REFUSALS_MS: u64 = 60_000;
+
+/// What a turn came to.
+enum Turn {
+    Again,
+    Until(Option<Millis>),
+}
+
+impl Reconciler {
+    pub fn new(ports: Ports, setup: Arc<Setup>, shared: Arc<Shared>) -> Self {
+        // More results than tasks can run at once never wait here.
+        let (sender, results) = mpsc::channel(64);
+        let executor = Arc::new(Executor::new(ports.clone(), setup.clone(), shared.clone(), sender));
+        Self {
+            ports,
+            setup,
+            shared,
+            executor,
+            tasks: Tasks::default(),
+            handles: BTreeMap::new(),
+            results,
+            streaks: Streaks::default(),
+            seen_etag: None,
+            fresh: true,
+        }
+    }
+
+    /// Runs until `done` says so after a turn. Dropping the future stops the loop; its tasks stop with it.
+    pub async fn run(mut self, mut done: impl FnMut(&Record) -> bool) {
+        let _beating = AbortOnDropHandle::new(tokio::spawn(beat(self.ports.clone(), self.setup.clone())));
+        let mut trouble = Duration::ZERO;
+        loop {
+            self.shared.turned(self.ports.clock.now());
+            match self.turn(&mut done).await {
+                Ok(None) => return,
+                Ok(Some(Turn::Again)) => trouble = Duration::ZERO,
+                Ok(Some(Turn::Until(until))) => {
+                    trouble = Duration::ZERO;
+                    self.sleep(until).await;
+                }
+                Err(error) => {
+                    trouble = (trouble * 2).clamp(Duration::from_millis(200), LEDGER_BACKOFF_MAX);
+                    let fault = describe(&error);
+                    tracing::error!(error = %fault, "the ledger cannot be used; trying again in {trouble:?}");
+                    self.shared.publish(|live| live.next_action.clone_from(&fault));
+                    tokio::time::sleep(trouble).await;
+                }
+            }
+        }
+    }
+
+    /// Waits for a wake-up, a result, the time, or somebody else's commit.
+    async fn sleep(&mut self, until: Option<Millis>) {
+        loop {
+            let now = self.ports.clock.now();
+            let left = until.map_or(POLL_EVERY, |until| Duration::from_millis(until.since(now)));
+            if left.is_zero() {
+                return;
+            }
+            let shared = self.shared.clone();
+            tokio::select! {
+                () = shared.wake.notified() => return,
+                Some((task, ended)) = self.results.recv() => {
+                    self.took(task, ended);
+                    return;
+                }
+                () = tokio::time::sleep(left.min(POLL_EVERY)) => {}
+            }
+            self.shared.turned(self.ports.clock.now());
+            match self.ports.ledger.load().await {
+                Ok(Some((_, etag))) if Some(&etag) == self.seen_etag.as_ref() => {}
+                Ok(_) | Err(_) => return,
+            }
+        }
+    }
+
+    fn took(&mut self, task: TaskId, ended: Ended) {
+        self.handles.remove(&task);
+        if self.tasks.running.remove(&task) {
+            self.tasks.ended.insert(task, ended);
+        }
+    }
+
+    async fn turn(&mut self, done: &mut impl FnMut(&Record) -> bool) -> Result<Option<Turn>, LedgerError> {
+        while let Ok((task, ended)) = self.results.try_recv() {
+            self.took(task, ended);
+        }
+        let Some((record, etag)) = self.ports.ledger.load().await? else {
+            self.found().await?;
+            return Ok(Some(Turn::Again));
+        };
+        if self.seen_etag.as_ref() != Some(&etag) {
+            self.seen_etag = Some(etag.clone());
+            self.shared.record_changed();
+        }
+        if done(&record) {
+            return Ok(None);
+        }
+        self.drop_obsolete(&record).await;
+        let driving = record.driver.controller == self.setup.me;
+        let observation = if driving { self.observe(&record).await } else { None };
+        let presences = self.ports.ledger.presences().await?;
+        let now = self.ports.clock.now();
+        let view = View {
+            record: &record,
+            me: &self.setup.me,
+            now,
+            policy: &self.setup.policy,
+            observation: observation.as_ref(),
+            streaks: &self.streaks,
+            presences: &presences,
+            tasks: &self.tasks,
+        };
+        // A restarted driver says so in the history before it goes on: who worked on a job when is the auditor's question.
+        let resumed = std::mem::take(&mut self.fresh) && driving && record.phase.state().in_flight();
+        let decision =
+            if resumed { Decision::Record(Event::TookOver { by: self.setup.me.clone() }) } else { decide(&view) };
+        match decision {
+            Decision::Record(event) => {
+                let commit = match apply(&record, &event, now) {
+                    Ok(commit) => commit,
+                    Err(refused) => {
+                        // A decision that the transitions refuse is a defect; it must not spin.
+                        tracing::error!(event = event.name(), error = %refused, "a decision was refused");
+                        return Ok(Some(Turn::Until(Some(now.plus(5_000)))));
+                    }
+                };
+                match self.ports.ledger.commit(Some(&etag), &commit.record, &commit.lines).await {
+                    Ok(etag) => {
+                        let (from, to) = (record.phase.state().name(), commit.record.phase.state().name());
+                        tracing::info!(event = event.name(), from, to, "recorded");
+                        self.seen_etag = Some(etag);
+                        if from != to {
+                            self.shared.entered();
+                        }
+                        self.shared.record_changed();
+                    }
+                    // Loading again tells what came of it, in both cases.
+                    Err(LedgerError::Conflict | LedgerError::Indeterminate(_)) => {}
+                    Err(error @ (LedgerError::Unavailable(_) | LedgerError::Unreadable(_))) => return Err(error),
+                }
+                Ok(Some(Turn::Again))
+            }
+            // One change of the platform at a time: two of them in different directions would only undo each other.
+            Decision::Act(Action::Change { .. }) if self.tasks.running.iter().any(is_change) => {
+                Ok(Some(Turn::Until(None)))
+            }
+            Decision::Act(action) => {
+                self.start(&record, action);
+                Ok(Some(Turn::Again))
+            }
+            Decision::Wait { until, why } => {
+                self.shared.publish(|live| {
+                    live.next_action = why;
+                    live.next_deadline = match &record.phase {
+                        Phase::Confirming(Confirming { deadline, flip: None, .. }) => *deadline,
+                        _ => None,
+                    };
+                });
+                Ok(Some(Turn::Until(until)))
+            }
+        }
+    }
+
+    /// The first record of an application.
+    async fn found(&self) -> Result<(), LedgerError> {
+        let now = self.ports.clock.now();
+        let mut record = Record::new(self.setup.installation.clone(), self.setup.application.clone(), now);
+        record.driver.controller = self.setup.me.clone();
+        match self.ports.ledger.commit(None, &record, &[]).await {
+            Ok(_) | Err(LedgerError::Conflict | LedgerError::Indeterminate(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn observe(&mut self, record: &Record) -> Option<Observation> {
+        let (platform, ask) = self.ports.platform.as_ref().zip(ask(record))?;
+        let seen = match tokio::time::timeout(OBSERVE_LIMIT, platform.observe(&ask)).await {
+            Ok(Ok(seen)) => seen,
+            Ok(Err(fault)) => {
+                tracing::warn!(error = %fault.chain(), "the platform could not be observed");
+                self.shared.publish(|live| live.next_action = fault.told().sentence());
+                return None;
+            }
+            Err(_) => {
+                tracing::warn!("the platform did not answer within {OBSERVE_LIMIT:?}");
+                return None;
+            }
+        };
+        self.streaks.see(&ask, &seen, &self.setup.policy);
+        Some(seen)
+    }
+
+    fn start(&mut self, record: &Record, action: Action) {
+        let task = action.task(record);
+        let tries = match self.tasks.ended.remove(&task) {
+            Some(Ended::Badly { tries, .. }) => tries,
+            Some(Ended::Well { .. }) | None => 0,
+        };
+        self.tasks.running.insert(task.clone());
+        let handle = self.executor.clone().spawn(record.clone(), task.clone(), action, tries);
+        self.handles.insert(task, handle);
+    }
+
+    /// Ends tasks that the record no longer wants, and waits until they are gone, so that they cannot act late.
+    async fn drop_obsolete(&mut self, record: &Record) {
+        let wanted = |task: &TaskId| is_wanted(task, record);
+        let obsolete: Vec<TaskId> = self.handles.keys().filter(|task| !wanted(task)).cloned().collect();
+        for task in obsolete {
+            if let Some(handle) = self.handles.remove(&task) {
+                tracing::info!(task = %task.step, "stopping what is no longer wanted");
+                handle.abort();
+                // The only error here is the cancellation that was asked for, or a panic that is logged where it happened.
+                if let Err(error) = handle.await
+                    && error.is_panic()
+                {
+                    tracing::error!(task = %task.step, "a task panicked");
+                }
+            }
+            self.tasks.running.remove(&task);
+        }
+        // What was refused for good is tried again at rest after a while: nobody else would ever repair it.
+        let (now, resting) = (self.ports.clock.now(), !record.phase.state().in_flight());
+        self.tasks.ended.retain(|task, ended| {
+            let old = matches!(ended, Ended::Badly { told, at, .. }
+                if told.class == Class::Permanent && now.since(*at) >= FORGET_REFUSALS_MS);
+            wanted(task) && !(resting && old)
+        });
+        if record.phase.state() != State::Building {
+            self.shared.publish(|live| live.progress.clear());
+        }
+    }
+}
+
+/// Tasks that change the platform; the others build or look.
+fn is_change(task: &TaskId) -> bool {
+    !(task.step == "fetch" || task.step == "prepare" || task.step.starts_with("build-"))
+}
+
+/// Whether a task still belongs to what the record says.
+fn is_wanted(task: &TaskId, record: &Record) -> bool {
+    if task.job != record.job.as_ref().map(|j| j.id.to_string()).unwrap_or_default() {
+        return false;
+    }
+    let state = record.phase.state();
+    let step = task.step.as_str();
+    if step == "fetch" {
+        state == State::Fetching
+    } else if step.starts_with("build-") {
+        state == State::Building
+    } else if step == "prepare" {
+        state == State::Patching
+    } else if step == "remove-stray" {
+        true
+    } else if let Some((_, revision)) = step.split_once(':') {
+        state.in_flight() && record.phase.active_swap().is_some_and(|swap| swap.to.revision.as_str() == revision)
+    } else {
+        !state.in_flight()
+    }
+}
+
+async fn beat(ports: Ports, setup: Arc<Setup>) {
+    loop {
+        let presence = Presence {
+            controller: setup.me.clone(),
+            instance: setup.instance.clone(),
+            reads_format: replank_core::format::FORMAT,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            at: ports.clock.now(),
+        };
+        if let Err(error) = ports.ledger.beat(&presence).await {
+            tracing::warn!(error = %describe(&error), "the heartbeat was not written");
+        }
+        tokio::time::sleep(BEAT_EVERY).await;
+    }
+}
+
+/// The cause chain of a ledger's error on one line.
+pub(super) fn describe(error: &LedgerError) -> String {
+    match error {
+        LedgerError::Conflict => error.to_string(),
+        LedgerError::Unavailable(fault) | LedgerError::Indeterminate(fault) | LedgerError::Unreadable(fault) => {
+            let told = fault.told();
+            format!("{error}: {}", told.sentence())
+        }
+    }
+}
+
+impl Drop for Reconciler {
+    fn drop(&mut self) {
+        for handle in self.handles.values() {
+            handle.abort();
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! What one controller is made of: its ports, who it is, and what its loop and its commands share.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+
+use async_trait::async_trait;
+use replank_core::fault::Fault;
+use replank_core::phase::{Fetched, Mode};
+use replank_core::policy::Policy;
+use replank_core::ports::{Builder, Clock, Ids, Ledger, LogStore, Platform, Registry, Source, Tree};
+use replank_core::record::{ControllerId, Deployment, OnRolloutFailure};
+use replank_core::words::{AppName, ComponentName, InstallationId, Millis, Version};
+use tokio::sync::{Notify, watch};
+
+use super::api::Live;
+
+/// The world, as the engine sees it.
+#[derive(Debug, Clone)]
+pub struct Ports {
+    pub clock: Arc<dyn Clock>,
+    pub ids: Arc<dyn Ids>,
+    pub ledger: Arc<dyn Ledger>,
+    pub logs: Arc<dyn LogStore>,
+    /// Absent where no remote is configured.
+    pub source: Option<Arc<dyn Source>>,
+    pub builder: Arc<dyn Builder>,
+    pub registry: Arc<dyn Registry>,
+    /// Absent for build-only services.
+    pub platform: Option<Arc<dyn Platform>>,
+}
+
+/// Turns a fetched tree into what is to be built: operator's configuration, release's manifest, trust boundary.
+#[async_trait]
+pub trait Recipes: Send + Sync + std::fmt::Debug {
+    /// Permanent faults name what the release lacks or may not set.
+    async fn recipes(&self, tree: &Tree, version: &Version, running: Option<&Deployment>) -> Result<Fetched, Fault>;
+}
+
+/// Who this controller is and how it was configured.
+#[derive(Debug, Clone)]
+pub struct Setup {
+    pub application: AppName,
+    /// Used when there is no record yet; afterwards the record's own counts.
+    pub installation: InstallationId,
+    pub me: ControllerId,
+    /// Random per process.
+    pub instance: String,
+    pub policy: Policy,
+    pub mode: Mode,
+    pub on_rollout_failure: OnRolloutFailure,
+    pub components: Vec<ComponentName>,
+    /// Values that must never show, for the masks of logs and errors.
+    pub secrets: Vec<String>,
+    pub recipes: Arc<dyn Recipes>,
+}
+
+/// What commands and loop of one process share. Signals only wake; everything is read again from the ledger.
+#[derive(Debug)]
+pub struct Shared {
+    pub wake: Notify,
+    pub live: watch::Sender<Live>,
+    last_turn: AtomicI64,
+}
+
+impl Default for Shared {
+    fn default() -> Self {
+        Self { wake: Notify::new(), live: watch::Sender::new(Live::default()), last_turn: AtomicI64::new(0) }
+    }
+}
+
+impl Shared {
+    pub fn woken(&self) {
+        self.wake.notify_one();
+    }
+
+    /// Publishes a change of the live view; followers see it at once.
+    pub fn publish(&self, change: impl FnOnce(&mut Live)) {
+        self.live.send_if_modified(|live| {
+            let before = live.clone();
+            change(live);
+            let changed = *live != before;
+            if changed {
+                live.seq += 1;
+            }
+            changed
+        });
+    }
+
+    /// What was said of the last phase does not hold for the one that begins.
+    pub fn entered(&self) {
+        self.publish(|live| {
+            live.next_action.clear();
+            live.next_deadline = None;
+        });
+    }
+
+    /// Tells followers that the record itself has changed.
+    pub fn record_changed(&self) {
+        self.live.send_modify(|live| live.seq += 1);
+    }
+
+    pub fn turned(&self, now: Millis) {
+        self.last_turn.store(now.0, Ordering::Relaxed);
+    }
+
+    /// When the loop last began a turn.
+    pub fn last_turn(&self) -> Millis {
+        Millis(self.last_turn.load(Ordering::Relaxed))
+    }
+}

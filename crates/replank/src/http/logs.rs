@@ -1,0 +1,130 @@
+//! Build logs: the stored bytes passed through, from an offset, and followed while they grow.
+
+use std::io;
+
+use axum::body::Body;
+use axum::extract::{Path, Query, State};
+use axum::response::Response;
+use bytes::Bytes;
+use futures_util::stream;
+use http::{HeaderValue, StatusCode, header};
+use replank_core::words::{ComponentName, JobId};
+use serde::Deserialize;
+use tokio::time::Instant;
+
+use super::App;
+use super::auth::{Admin, Caller};
+use super::errors::ApiError;
+use super::events::open;
+use super::limits::StreamPermit;
+use crate::engine::api::LogRead;
+
+/// One read of the store: large enough to be cheap, small enough to hold for every stream at once.
+const CHUNK: usize = 64 * 1024;
+
+#[derive(Debug, Deserialize)]
+pub struct Ask {
+    follow: Option<String>,
+    from: Option<String>,
+}
+
+struct Reader {
+    app: App,
+    caller: Caller,
+    job: JobId,
+    component: ComponentName,
+    at: u64,
+    follow: bool,
+    /// Read before the answer began, to know its status.
+    ready: Option<Bytes>,
+    closed: bool,
+    checked: Instant,
+    _permit: StreamPermit,
+}
+
+pub async fn build_log(
+    State(app): State<App>,
+    Admin(caller): Admin,
+    Path((job, component)): Path<(String, String)>,
+    Query(ask): Query<Ask>,
+) -> Result<Response, ApiError> {
+    let job = JobId::new(job).map_err(|error| ApiError::bad_request(error.to_string()))?;
+    let known = app.engine.components();
+    let component = known.iter().find(|c| c.as_str() == component).cloned().ok_or_else(|| {
+        let known: Vec<&str> = known.iter().map(ComponentName::as_str).collect();
+        ApiError::bad_request(format!("there is no such component; the components are {}", known.join(", ")))
+    })?;
+    let from = match ask.from.as_deref() {
+        None | Some("") => 0,
+        Some(text) => text.parse().map_err(|_| ApiError::bad_request("`from` is a number of bytes"))?,
+    };
+    let follow = match ask.follow.as_deref() {
+        None | Some("" | "0" | "false") => false,
+        Some("1" | "true") => true,
+        Some(_) => return Err(ApiError::bad_request("`follow` is 1 or 0")),
+    };
+    let permit = open(&app, &caller)?;
+    let (ready, at, closed) = match app.engine.read_log(&job, &component, from, CHUNK).await? {
+        LogRead::Unknown => {
+            return Err(ApiError::new(StatusCode::NOT_FOUND, format!("job {job} has no log of {component}")));
+        }
+        LogRead::NotBegun => (Bytes::new(), from, false),
+        LogRead::Chunk(chunk) => (Bytes::from(chunk.bytes), chunk.next, chunk.closed),
+    };
+    let ready = Some(ready).filter(|bytes| !bytes.is_empty());
+    let checked = Instant::now();
+    let reader = Reader { app, caller, job, component, at, follow, ready, closed, checked, _permit: permit };
+    let body = Body::from_stream(stream::try_unfold(reader, |mut reader| async move {
+        let bytes = reader.next().await?;
+        Ok::<_, io::Error>(bytes.map(|bytes| (bytes, reader)))
+    }));
+    let mut response = Response::new(body);
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    response.headers_mut().insert("x-accel-buffering", HeaderValue::from_static("no"));
+    Ok(response)
+}
+
+impl Reader {
+    /// The next bytes; `None` at the end of the log. An error cuts the connection, so that a reader can tell a log that
+    /// ended from a service that went away.
+    async fn next(&mut self) -> io::Result<Option<Bytes>> {
+        if let Some(bytes) = self.ready.take() {
+            return Ok(Some(bytes));
+        }
+        loop {
+            if self.closed {
+                return Ok(None);
+            }
+            // Asked before the read: whatever is written before a job rests is then still read.
+            let resting = self.follow && self.resting().await?;
+            let read = self.app.engine.read_log(&self.job, &self.component, self.at, CHUNK).await;
+            if let LogRead::Chunk(chunk) = read.map_err(io::Error::other)? {
+                self.at = chunk.next;
+                self.closed = chunk.closed;
+                if !chunk.bytes.is_empty() {
+                    return Ok(Some(Bytes::from(chunk.bytes)));
+                }
+            }
+            if self.closed || !self.follow || resting {
+                return Ok(None);
+            }
+            if self.checked.elapsed() > self.app.options.limits.heartbeat {
+                self.checked = Instant::now();
+                if !self.caller.still_stands(&self.app).await {
+                    return Err(io::Error::other("the token no longer stands"));
+                }
+            }
+            tokio::select! {
+                () = self.app.stopping.cancelled() => return Err(io::Error::other("the service stops")),
+                () = self.app.engine.log_changed(&self.job, &self.component, self.at) => {}
+            }
+        }
+    }
+
+    /// Nothing will come any more: the log's job is not the one in flight. A killed writer leaves a log open.
+    async fn resting(&self) -> io::Result<bool> {
+        let record = self.app.engine.record().await.map_err(io::Error::other)?;
+        let current = record.job.as_ref().is_some_and(|job| job.id == self.job);
+        Ok(!current || !record.phase.state().in_flight())
+    }
+}

@@ -1,0 +1,12 @@
+//! Replank, the upgrade button for self-hosted container applications: the library behind the one binary.
+
+pub mod assemble;
+pub mod build_log;
+pub mod cli;
+pub mod config;
+pub mod engine;
+pub mod http;
+pub mod lock;
+pub mod proxy;
+pub mod system;
+pub mod wiring;

@@ -1,0 +1,192 @@
+//! The two commands that run a controller: `serve`, for as long as the process lives, and `deploy`, until the application
+//! has a controller of its own.
+
+use std::net::SocketAddr;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use replank_adapters::platform::docker::{DockerPlatform, Vantage};
+use replank_core::phase::{Phase, State};
+use replank_core::ports::{EscapeHatch, Ledger, Platform as _, Tokens};
+use replank_core::record::{Actor, ControllerId, Record};
+use replank_core::transition::reverse_of;
+use replank_core::words::Version;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::assemble::{self, Controller};
+use crate::config::Settings;
+use crate::config::env::Environment;
+use crate::engine::Reconciler;
+use crate::engine::api::{Engine as _, Refusal, StartRequest};
+use crate::http::{Http, Options};
+use crate::system::SystemClock;
+
+/// How often the remote is looked at without being asked.
+const CHECK_EVERY: Duration = Duration::from_secs(15 * 60);
+
+/// `replank serve`, parsed and checked.
+#[derive(Debug, Clone)]
+pub struct ServeArgs {
+    pub settings: Settings,
+    /// The command line's word over the file's.
+    pub listen: SocketAddr,
+    /// The answer of [`crate::http::dev_bypass`]: requests without a token count as the development identity.
+    pub dev_bypass: bool,
+}
+
+/// `replank deploy`, parsed and checked.
+#[derive(Debug, Clone)]
+pub struct DeployArgs {
+    pub settings: Settings,
+    /// A release; the newest where absent.
+    pub version: Option<Version>,
+    pub json: bool,
+}
+
+/// The token store, for `replank token`.
+pub async fn tokens(settings: &Settings) -> anyhow::Result<Arc<dyn Tokens>> {
+    Ok(assemble::open_ledger(settings).await?.1)
+}
+
+/// The ledger, for `replank history --verify`.
+pub async fn ledger(settings: &Settings) -> anyhow::Result<Arc<dyn Ledger>> {
+    Ok(assemble::open_ledger(settings).await?.1)
+}
+
+/// The way back as the ledger's record gives it, for `replank escape-hatch` without a service. `None` without a snapshot.
+pub async fn escape_hatch(settings: &Settings) -> anyhow::Result<Option<EscapeHatch>> {
+    let (_, ledger) = assemble::open_ledger(settings).await?;
+    let Some((record, _)) = ledger.load().await? else { return Ok(None) };
+    let Some(swap) = reverse_of(&record) else { return Ok(None) };
+    let config = settings.docker(record.installation.clone());
+    let platform = DockerPlatform::new(config, Vantage::Host, Arc::new(SystemClock))?;
+    Ok(Some(platform.escape_hatch(&swap.to, swap.from.as_ref(), record.generation)))
+}
+
+/// Runs a controller until it is told to stop.
+pub async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
+    let ServeArgs { settings, listen, dev_bypass } = args;
+    let env = Environment::of_process();
+    let controller = assemble::controller(&settings, &env).await?;
+    let listener = tokio::net::TcpListener::bind(listen).await.with_context(|| {
+        format!("the address {listen} cannot be listened on; choose another one in [server] listen")
+    })?;
+    tracing::info!(%listen, controller = %controller.setup.me, version = env!("CARGO_PKG_VERSION"), "replank serves");
+
+    let engine = controller.engine.clone();
+    let tokens = controller.tokens.clone();
+    let http = Http::new(engine.clone(), tokens, controller.ports.clock.clone(), Options::of(&settings, dev_bypass));
+    let reconciler = Reconciler::new(controller.ports.clone(), controller.setup.clone(), controller.shared.clone());
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let stop = async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("told to stop; what is under way goes on when a controller is back");
+    };
+    let mut looking = tokio::spawn(look_regularly(engine));
+    tokio::select! {
+        () = crate::http::serve(listener, http, stop) => {}
+        () = reconciler.run(|_| false) => {}
+        ended = &mut looking => ended.context("the regular look at the remote ended")?,
+    }
+    looking.abort();
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Looks at the remote now and then. Failures are shown by the next look of a person, who also gets the reason.
+async fn look_regularly(engine: Arc<crate::engine::LocalEngine>) {
+    loop {
+        match engine.check(&Actor::system()).await {
+            Ok(_) | Err(Refusal::TooSoon { .. }) => {}
+            Err(refusal) => tracing::warn!(why = %refusal, "the remote could not be looked at"),
+        }
+        tokio::time::sleep(CHECK_EVERY).await;
+    }
+}
+
+/// The first deployment: this process drives until the new revision's controller has taken over.
+pub async fn deploy(args: DeployArgs) -> anyhow::Result<ExitCode> {
+    let env = Environment::of_process();
+    let settings = &args.settings;
+    let controller = assemble::controller(settings, &env).await?;
+    let record = controller.engine.record().await?;
+    if let Some(running) = &record.running {
+        anyhow::bail!(
+            "{} is deployed already: version {} runs as revision {}; use `replank start` for the next version",
+            settings.application,
+            running.version,
+            running.revision
+        );
+    }
+    let image = match &settings.platform.proxy.image {
+        Some(image) => image.clone(),
+        None => {
+            let binary = std::env::current_exe().context("the path of this program is not known")?;
+            controller.docker.proxy_image(&binary).await?
+        }
+    };
+    controller.docker.ensure_proxy(&image).await?;
+
+    if record.phase.state().in_flight() {
+        eprintln!("going on with the deployment that was begun");
+    } else {
+        start(&controller, &args).await?;
+    }
+    let last = drive(&controller).await?;
+    match (&last.phase, &last.running) {
+        (Phase::Succeeded { .. }, Some(running)) => {
+            eprintln!("{} {} runs as revision {}", settings.application, running.version, running.revision);
+            Ok(ExitCode::SUCCESS)
+        }
+        (Phase::FailedPre { fault } | Phase::FailedRollout { fault, .. } | Phase::RollbackFailed { fault, .. }, _) => {
+            anyhow::bail!("the deployment ended as '{}': {}", last.phase.state().name(), fault.sentence())
+        }
+        _ => anyhow::bail!("the deployment ended as '{}'", last.phase.state().name()),
+    }
+}
+
+async fn start(controller: &Controller, args: &DeployArgs) -> anyhow::Result<()> {
+    let actor = Actor { oid: "host".to_owned(), name: "replank deploy".to_owned(), from: "host".to_owned() };
+    match controller.engine.check(&actor).await {
+        Ok(_) | Err(Refusal::TooSoon { .. }) => {}
+        Err(refusal) => return Err(refusal.into()),
+    }
+    let request = StartRequest {
+        target_version: args.version.as_ref().map(ToString::to_string),
+        confirm_downtime: true,
+        // A first deployment that failed may be tried again without ceremony: nothing runs that it could harm.
+        override_quarantine: true,
+        ..StartRequest::default()
+    };
+    controller.engine.start(&actor, request).await?;
+    Ok(())
+}
+
+/// Drives to a resting state, telling each step.
+async fn drive(controller: &Controller) -> anyhow::Result<Record> {
+    let reconciler = Reconciler::new(controller.ports.clone(), controller.setup.clone(), controller.shared.clone());
+    let begun = Instant::now();
+    let mut told: Option<(State, ControllerId)> = None;
+    let mut last = None;
+    reconciler
+        .run(|record| {
+            let now = (record.phase.state(), record.driver.controller.clone());
+            if told.as_ref() != Some(&now) {
+                let by = match &now.1 {
+                    ControllerId::Host => String::new(),
+                    ControllerId::Revision(id) => format!(" (driven by revision {id})"),
+                };
+                eprintln!("{:7.1} s  {}{by}", begun.elapsed().as_secs_f64(), now.0.name());
+                told = Some(now);
+            }
+            last = Some(record.clone());
+            !record.phase.state().in_flight()
+        })
+        .await;
+    last.context("the ledger has no record")
+}

@@ -1,0 +1,211 @@
+//! The command line as people and scripts use it: the real binary against a real server.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::process::Output;
+use std::time::Duration;
+
+use replank::engine::api::Refusal;
+use replank::http::Options;
+use replank_core::phase::Phase;
+use replank_core::ports::Role;
+use replank_core::words::Millis;
+use support::*;
+
+async fn replank(args: &[&str], env: &[(&str, &str)]) -> Output {
+    let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_replank"));
+    // A directory without a configuration, and nothing of the caller's environment.
+    command.args(args).env_clear().current_dir(std::env::temp_dir()).kill_on_drop(true);
+    command.envs(env.iter().copied());
+    tokio::time::timeout(Duration::from_secs(60), command.output()).await.expect("in time").unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+struct World {
+    server: Server,
+    url: String,
+    token: tempfile::NamedTempFile,
+}
+
+impl World {
+    async fn new() -> Self {
+        let server = Server::start(Options::default()).await;
+        let token = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(token.path(), format!("{ADMIN}\n")).unwrap();
+        Self { url: server.url(), server, token }
+    }
+
+    async fn run(&self, args: &[&str]) -> Output {
+        let file = self.token.path().to_str().unwrap();
+        replank(args, &[("REPLANK_URL", &self.url), ("REPLANK_TOKEN_FILE", file), ("TZ", "UTC")]).await
+    }
+}
+
+#[tokio::test]
+async fn help_teaches_every_command() {
+    let all = text(&replank(&["--help"], &[]).await.stdout);
+    for part in ["Exit codes:", "replank start", "REPLANK_URL", "NO_COLOR"] {
+        assert!(all.contains(part), "{part}");
+    }
+    for command in [
+        "serve",
+        "deploy",
+        "status",
+        "candidates",
+        "check",
+        "start",
+        "rollback",
+        "cancel",
+        "confirm",
+        "reset",
+        "logs",
+        "history",
+        "escape-hatch",
+        "token",
+        "proxy",
+        "completions",
+    ] {
+        assert!(all.contains(&format!("\n  {command} ")), "{command} is not listed");
+        let help = replank(&[command, "--help"], &[]).await;
+        assert!(help.status.success(), "{command}");
+    }
+    assert!(text(&replank(&["--version"], &[]).await.stdout).starts_with("replank "));
+    assert!(text(&replank(&["completions", "bash"], &[]).await.stdout).contains("_replank"));
+}
+
+#[tokio::test]
+async fn status_is_for_people_and_for_scripts() {
+    let world = World::new().await;
+    let out = world.run(&["status"]).await;
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    let shown = text(&out.stdout);
+    assert!(shown.contains("running      0.1.0 (0123456789ab, revision r-1)"), "{shown}");
+    assert!(!shown.contains('\u{1b}'), "no colours where there is no terminal");
+    let row: serde_json::Value = serde_json::from_slice(&world.run(&["status", "--json"]).await.stdout).unwrap();
+    assert_eq!((row["state"].as_str(), row["running_version"].as_str()), (Some("idle"), Some("0.1.0")));
+    let shown = text(&world.run(&["candidates"]).await.stdout);
+    assert!(shown.contains("1 release newer than 0.1.0:\n  v0.2.0  0123456789ab"), "{shown}");
+    assert!(shown.contains("the tag was moved"));
+    let shown = text(&world.run(&["history", "--limit", "1"]).await.stdout);
+    assert!(shown.starts_with("1970-01-01 00:00:00 +00:00") && shown.contains("n=2"), "{shown}");
+    assert_eq!(text(&world.run(&["escape-hatch"]).await.stdout), "docker start x\n");
+}
+
+#[tokio::test]
+async fn exit_codes_are_those_of_the_help() {
+    let world = World::new().await;
+    let refuse = |refusal| *world.server.engine.refuse.lock().unwrap() = Some(refusal);
+    assert_eq!(world.run(&["frobnicate"]).await.status.code(), Some(2));
+    assert_eq!(world.run(&["start", "1.2"]).await.status.code(), Some(2));
+    let out = world.run(&["start"]).await;
+    assert_eq!(out.status.code(), Some(2), "no terminal to ask on");
+    assert!(text(&out.stderr).contains("--yes"));
+    refuse(Refusal::Conflict("job x is in flight; wait for it".into()));
+    let out = world.run(&["start", "0.2.0", "--yes"]).await;
+    assert_eq!(
+        (out.status.code(), text(&out.stderr).as_str()),
+        (Some(3), "replank: job x is in flight; wait for it\n")
+    );
+    refuse(Refusal::TooSoon { retry_after_s: 3 });
+    assert_eq!(world.run(&["check"]).await.status.code(), Some(3));
+    refuse(Refusal::Unavailable("the ledger is away".into()));
+    assert_eq!(world.run(&["check"]).await.status.code(), Some(4));
+    let out = replank(&["status", "--url", "http://127.0.0.1:1"], &[]).await;
+    assert_eq!(out.status.code(), Some(4));
+    assert!(text(&out.stderr).contains("http://127.0.0.1:1 cannot be reached"), "{}", text(&out.stderr));
+    assert_eq!(replank(&["status", "--url", &world.url], &[]).await.status.code(), Some(5));
+    std::fs::write(world.token.path(), READER).unwrap();
+    let out = world.run(&["rollback", "--json"]).await;
+    assert_eq!(out.status.code(), Some(5));
+    let error: serde_json::Value = serde_json::from_slice(&out.stderr).unwrap();
+    assert_eq!(error["code"], 5);
+    let out = replank(&["serve", "--config", "/nonexistent/replank.toml"], &[]).await;
+    assert_eq!(out.status.code(), Some(2));
+    assert!(text(&out.stderr).contains("/nonexistent/replank.toml: the configuration cannot be read"));
+}
+
+#[tokio::test]
+async fn a_start_is_watched_to_its_end() {
+    let world = World::new().await;
+    let engine = world.server.engine.clone();
+    let driver = tokio::spawn(async move {
+        let state = || engine.record.lock().unwrap().phase.state().name();
+        for (from, phase) in [("queued", Phase::Fetching), ("fetching", Phase::Succeeded { built_only: None })] {
+            while state() != from {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            // Long enough that the watcher's stream has it: states between two events are skipped on purpose.
+            tokio::time::sleep(Duration::from_millis(600)).await;
+            engine.set(|record| record.phase = phase);
+        }
+    });
+    let out = world.run(&["start", "--yes", "--json"]).await;
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    driver.await.unwrap();
+    let rows = text(&out.stdout);
+    let rows: Vec<serde_json::Value> = rows.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!(rows.last().unwrap()["state"], "succeeded");
+    assert!(rows.iter().any(|r| r["target_version"] == "0.2.0"), "the newest candidate");
+
+    let out = world.run(&["start", "0.2.0", "--yes", "--no-wait"]).await;
+    assert!(text(&out.stdout).contains("queued"), "{}", text(&out.stdout));
+    let out = world.run(&["status", "--watch", "--timeout", "1"]).await;
+    assert_eq!(out.status.code(), Some(6));
+    assert!(text(&out.stderr).contains("the job goes on") || text(&out.stderr).contains("goes on"));
+}
+
+#[tokio::test]
+async fn logs_reach_the_terminal_without_their_tricks() {
+    let world = World::new().await;
+    world.server.engine.set(|record| record.job = Some(job("0.2.0")));
+    world.server.engine.grow(b"ok\n\x1b[2Jgone \x1b]0;title\x07\xff\n", true);
+    let out = world.run(&["logs", "api"]).await;
+    assert_eq!(text(&out.stdout), "ok\n␛[2Jgone ␛]0;title␇\u{fffd}\n");
+    let out = world.run(&["logs", "api", "-f", "--json"]).await;
+    assert!(text(&out.stdout).starts_with("{\"component\":\"api\",\"line\":\"ok\"}\n"));
+    assert_eq!(world.run(&["logs", "nothing"]).await.status.code(), Some(3));
+}
+
+#[tokio::test]
+async fn tokens_go_into_new_private_files_only() {
+    use replank::cli::tokens;
+    use std::os::unix::fs::PermissionsExt as _;
+    let store = MemoryTokens::default();
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("t");
+    let now = Millis(1_000);
+    let token = tokens::create(&store, "alice", Role::Admin, Some(60_000), &file, now).await.unwrap();
+    assert_eq!(token.expires_at, Some(Millis(61_000)));
+    assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+    let secret = std::fs::read_to_string(&file).unwrap();
+    assert_eq!(replank::http::hash_secret(secret.trim()), token.hash);
+    assert!(secret.starts_with("rpk_") && secret.trim().len() == 68);
+    // An existing file, a link and a taken name: nothing is overwritten and nothing stays behind.
+    assert!(tokens::create(&store, "bob", Role::Reader, None, &file, now).await.is_err());
+    let link = dir.path().join("link");
+    std::os::unix::fs::symlink(dir.path().join("elsewhere"), &link).unwrap();
+    assert!(tokens::create(&store, "bob", Role::Reader, None, &link, now).await.is_err());
+    let second = dir.path().join("second");
+    assert!(tokens::create(&store, "alice", Role::Reader, None, &second, now).await.is_err());
+    assert!(!second.exists());
+    assert!(tokens::create(&store, "a b", Role::Reader, None, &second, now).await.is_err());
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), secret);
+    tokens::revoke(&store, "alice", now).await.unwrap();
+    assert!(tokens::revoke(&store, "alice", now).await.is_err());
+    for (text, expect) in [
+        ("90d", Some(Some(7_776_000_000))),
+        ("12h", Some(Some(43_200_000))),
+        ("never", Some(None)),
+        ("0d", None),
+        ("x", None),
+        ("", None),
+        ("99999d", None),
+        ("5é", None),
+    ] {
+        assert_eq!(tokens::lifetime(text).ok(), expect, "{text:?}");
+    }
+}

@@ -1,0 +1,334 @@
+//! Configuration and manifest: what is wrong is told in full, each at its place, with what to do.
+#![allow(clippy::unwrap_used)]
+
+use std::path::Path;
+
+use replank::config::Settings;
+use replank::config::env::Environment;
+use replank::config::manifest::{Manifest, recipes};
+use replank_core::phase::Mode;
+use replank_core::words::ComponentName;
+
+const GOOD: &str = r#"
+application = "shop"
+networks = ["backbone"]
+
+[source]
+remote = "https://git.test/shop.git"
+credential = { username = "bot", password_file = "git.secret" }
+
+[server]
+listen = "127.0.0.1:9000"
+public_hosts = ["Upgrade.example.org"]
+
+[build]
+parallel = 2
+memory = "2GiB"
+cpus = 1.5
+secrets.NPM = { file = "npm.secret" }
+
+[registry]
+host = "127.0.0.1:5000"
+insecure = true
+
+[components.api]
+dockerfile = "api/Dockerfile"
+args = { FLAVOUR = "operator" }
+secrets = ["NPM"]
+
+[components.web]
+
+[containers.api]
+component = "api"
+mounts = [{ source = "./data", target = "/data" }]
+probe = { port = 80, path = "/health", version = { json_pointer = "/version" } }
+networks = ["backbone"]
+
+[containers.replank]
+component = "web"
+controller = true
+depends_on = ["api"]
+
+[listeners.web]
+publish = 8080
+container = "api"
+port = 80
+
+[policy]
+mode = "blue-green"
+confirm_window_seconds = 5
+on_rollout_failure = "rollback"
+budgets = { validating_seconds = 60 }
+"#;
+
+fn parse(text: &str, env: &[(&str, &str)]) -> Result<Settings, String> {
+    Settings::parse("replank.toml", Path::new("/srv/shop/replank.toml"), text, &Environment::of(env))
+        .map_err(|p| p.to_string())
+}
+
+#[test]
+fn a_good_file_becomes_settings() {
+    let settings = parse(GOOD, &[]).unwrap();
+    assert_eq!(settings.home, Path::new("/srv/shop"));
+    assert_eq!(settings.ledger_dir(), Path::new("/srv/shop/ledger"));
+    assert_eq!(settings.server.listen.port(), 9000);
+    assert_eq!(settings.hosts().into_iter().collect::<Vec<_>>(), ["replank", "upgrade.example.org"]);
+    assert_eq!(settings.build.memory_bytes, Some(2 << 30));
+    assert_eq!(settings.build.cpu_millis, Some(1500));
+    assert_eq!(settings.mode, Mode::BlueGreen);
+    assert_eq!(settings.policy.budgets.confirm_window, 5_000);
+    let api = &settings.components[&ComponentName::new("api").unwrap()];
+    assert_eq!(api.repository, "127.0.0.1:5000/shop-api");
+    let containers = &settings.platform.containers;
+    assert_eq!(containers.values().next().unwrap().mounts[0].source, "/srv/shop/data");
+}
+
+#[test]
+fn the_environment_wins() {
+    let env = [
+        ("STRICT_BLUEGREEN", "false"),
+        ("UPGRADE_GIT_REMOTE", "https://other.test/shop.git"),
+        ("UPGRADE_CONFIRM_WINDOW_SECONDS", "30"),
+        ("UPGRADE_VALIDATING_TIMEOUT_SECONDS", "90"),
+        ("UPGRADE_ADMIN_OIDS", "a, B,,"),
+        ("APP_VERSION", "1.2.3"),
+        ("CONTAINER_APP_NAME", ""),
+    ];
+    let settings = parse(GOOD, &env).unwrap();
+    assert_eq!(settings.source.unwrap().remote, "https://other.test/shop.git");
+    assert_eq!(settings.policy.budgets.confirm_window, 30_000);
+    assert_eq!(settings.policy.budgets.validating, 90_000);
+    assert_eq!(settings.admin_oids.into_iter().collect::<Vec<_>>(), ["B", "a"]);
+    assert_eq!(settings.app_version.as_deref(), Some("1.2.3"));
+    assert_eq!(settings.container_app, None, "an empty variable is no variable");
+    assert_eq!(
+        parse("application = \"a\"\n[components.a]\n", &[("STRICT_BLUEGREEN", "true")]).unwrap().mode,
+        Mode::BlueGreen
+    );
+    for (name, value, expect) in [
+        (
+            "UPGRADE_VALIDATING_TIMEOUT_SECONDS",
+            "59",
+            "environment: UPGRADE_VALIDATING_TIMEOUT_SECONDS: \"59\" is not usable; give 60 to 604800 seconds",
+        ),
+        (
+            "UPGRADE_CONFIRM_WINDOW_SECONDS",
+            "x",
+            "environment: UPGRADE_CONFIRM_WINDOW_SECONDS: \"x\" is not usable; give 1 to 604800 seconds",
+        ),
+        (
+            "STRICT_BLUEGREEN",
+            "maybe",
+            "environment: STRICT_BLUEGREEN: \"maybe\" is not usable; set it to true or false",
+        ),
+    ] {
+        assert_eq!(parse(GOOD, &[(name, value)]).unwrap_err(), expect);
+    }
+}
+
+/// Replaces one part of the good file and expects exactly these problems.
+#[test]
+fn each_mistake_is_one_clear_problem() {
+    let mut wrong = Vec::new();
+    for (from, to, expect) in [
+        (
+            "application = \"shop\"",
+            "",
+            "replank.toml: application: `application` is missing; add `application = \"NAME\"` at the top of the file",
+        ),
+        (
+            "\"shop\"",
+            "\"Shop\"",
+            "replank.toml:2:15: application: application name \"Shop\" is not valid: 1 to 32 of a-z, 0-9 and '-', beginning with a letter",
+        ),
+        (
+            "parallel = 2",
+            "paralel = 2",
+            "replank.toml:14:1: build.paralel: this key is not known; did you mean `parallel`?",
+        ),
+        ("parallel = 2", "parallel = \"2\"", "replank.toml:14:12: build.parallel: expected u32, found string \"2\""),
+        (
+            "parallel = 2",
+            "parallel = 0",
+            "replank.toml:14:1: build.parallel: 0 builds at once are not possible; choose 1 to 32",
+        ),
+        (
+            "\"2GiB\"",
+            "\"2 apples\"",
+            "replank.toml:15:10: build.memory: \"2 apples\" is not a size such as \"512MiB\" or \"2GiB\"",
+        ),
+        (
+            "component = \"web\"",
+            "component = \"wep\"",
+            "replank.toml:37:1: containers.replank.component: there is no component \"wep\"; did you mean \"web\"?",
+        ),
+        (
+            "depends_on = [\"api\"]",
+            "depends_on = [\"apy\"]",
+            "replank.toml:39:1: containers.replank.depends_on: there is no container \"apy\"; did you mean \"api\"?",
+        ),
+        (
+            "container = \"api\"",
+            "container = \"nothing\"",
+            "replank.toml:43:1: listeners.web.container: there is no container \"nothing\"; name one of the configured containers",
+        ),
+        (
+            "secrets = [\"NPM\"]",
+            "secrets = [\"NMP\"]",
+            "replank.toml:26:1: components.api.secrets: build secret \"NMP\" is not configured; add `secrets.NMP = { file = \"…\" }` to [build]",
+        ),
+        (
+            "\"api/Dockerfile\"",
+            "\"../Dockerfile\"",
+            "replank.toml:24:1: components.api.dockerfile: \"../Dockerfile\" leaves the tree with \"..\"; give a path inside the release's tree",
+        ),
+        (
+            "networks = [\"backbone\"]\n\n[source]",
+            "[source]",
+            "replank.toml:32:1: containers.api.networks: network \"backbone\" is not declared; add it to `networks = [\"backbone\"]` at the top",
+        ),
+        (
+            "https://git.test/shop.git",
+            "https://u:hunter2@git.test/shop.git",
+            "replank.toml:6:1: source.remote: the remote carries a credential; take it out and use `[source.credential]` with password_file or password_env",
+        ),
+        (
+            "https://git.test/shop.git",
+            "git@git.test:shop.git",
+            "replank.toml:6:1: source.remote: the remote is not an https URL; set it to https://HOST/PATH.git",
+        ),
+        (
+            "password_file = \"git.secret\"",
+            "password_env = \"A\", password_file = \"b\"",
+            "replank.toml:7:1: source.credential: the password has no single source; give exactly one of password_file and password_env",
+        ),
+        (
+            "\"127.0.0.1:9000\"",
+            "\"9000\"",
+            "replank.toml:10:1: server.listen: expected an address and a port; write it as \"127.0.0.1:8086\"",
+        ),
+        (
+            "validating_seconds = 60",
+            "validating_seconds = 59",
+            "replank.toml:50:13: policy.budgets.validating_seconds: 59 s is out of range; choose 60 to 604800",
+        ),
+        (
+            "\"blue-green\"",
+            "\"green\"",
+            "replank.toml:47:8: policy.mode: \"green\" is not one of `single` or `blue-green`",
+        ),
+        (
+            "publish = 8080",
+            "publish = 80800",
+            "replank.toml:42:11: listeners.web.publish: expected u16, found integer `80800`",
+        ),
+        (
+            "port = 80, path",
+            "prot = 80, path",
+            "replank.toml:33:11: containers.api.probe.prot: this key is not known; did you mean `port`?",
+        ),
+        ("[policy]", "[policy", "replank.toml:46:8: this is not valid TOML"),
+    ] {
+        assert!(GOOD.contains(from), "{from}");
+        let got = parse(&GOOD.replacen(from, to, 1), &[]).expect_err(to);
+        let mut got: Vec<&str> = got.lines().collect();
+        let mut expect: Vec<&str> = expect.lines().collect();
+        got.sort_unstable();
+        expect.sort_unstable();
+        let fine = if to == "[policy" { got[0].starts_with(expect[0]) } else { got == expect };
+        if !fine {
+            wrong.push(format!("for {to:?}\n  expected {expect:#?}\n  got {got:#?}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn all_problems_are_told_at_once() {
+    let text = GOOD
+        .replace("parallel", "paralel")
+        .replace("publish = 8080", "publish = true")
+        .replace("\"web\"\ncontroller", "\"wep\"\ncontroler");
+    let told = parse(&text, &[]).unwrap_err();
+    for part in [
+        "build.paralel",
+        "listeners.web.publish",
+        "containers.replank.component",
+        "containers.replank.controler: this key is not known; did you mean `controller`?",
+    ] {
+        assert!(told.contains(part), "{part} is not in:\n{told}");
+    }
+    assert!(!told.contains("hunter2"));
+    let twice = format!("{GOOD}\n[listeners.two]\npublish = 8080\ncontainer = \"api\"\nport = 81\n");
+    assert!(
+        parse(&twice, &[])
+            .unwrap_err()
+            .contains("listeners.web.publish: port 8080 is already published by listener two")
+    );
+}
+
+#[test]
+fn deep_and_huge_files_are_refused() {
+    let deep = format!("a = {}{}", "[".repeat(60), "]".repeat(60));
+    assert!(parse(&deep, &[]).is_err());
+    assert!(parse(&"#".repeat(2 << 20), &[]).unwrap_err().contains("bytes"));
+}
+
+#[test]
+fn a_release_may_set_its_own_things_only() {
+    let own = r#"
+        schema = "one-way"
+        notes = "hello"
+        upgrade_from = "0.1.0"
+        [components.api]
+        dockerfile = "Dockerfile.new"
+        target = "final"
+        args = { FLAVOUR = "release", SPEED = "9" }
+        [probes.api]
+        path = "/healthz"
+        [requires]
+        environment = ["DATABASE_URL"]
+    "#;
+    let manifest = Manifest::parse(own).unwrap();
+    let settings = parse(GOOD, &[]).unwrap();
+    let made = recipes(&settings, &manifest, &"0.2.0".parse().unwrap()).unwrap();
+    let api = &made[&ComponentName::new("api").unwrap()];
+    assert_eq!((api.dockerfile.as_str(), api.target.as_deref()), ("Dockerfile.new", Some("final")));
+    assert_eq!(api.args["FLAVOUR"], "operator", "the operator's word stands");
+    assert_eq!((api.args["SPEED"].as_str(), api.args["APP_VERSION"].as_str()), ("9", "0.2.0"));
+    assert_eq!(api.secrets, ["NPM"]);
+    assert_eq!(manifest.to_json()["probes"]["api"]["path"], "/healthz");
+    assert_eq!(Manifest::parse("").unwrap().to_json(), serde_json::json!({}));
+    let running = "0.0.9".parse().unwrap();
+    assert_eq!(manifest.missing(&settings, Some(&running)).len(), 2);
+    let unknown = Manifest::parse("[components.other]\n").unwrap();
+    assert!(recipes(&settings, &unknown, &"0.2.0".parse().unwrap()).is_err());
+
+    for (text, expect) in [
+        ("mounts = []", ".replank.toml:1:1: mounts: this key is not known; a release may not set it"),
+        (
+            "[components.api]\nsecrets = [\"NPM\"]",
+            "components.api.secrets: this key is not known; a release may not set it",
+        ),
+        (
+            "[components.api]\nnetwork = \"host\"",
+            "components.api.network: this key is not known; a release may not set it",
+        ),
+        ("[components.api]\nrepository = \"evil\"", "components.api.repository: this key is not known"),
+        ("[registry]\nhost = \"evil.test\"", "registry: this key is not known"),
+        ("[source]\nremote = \"x\"", "source: this key is not known"),
+        ("[policy]\nmode = \"single\"", "policy: this key is not known"),
+        ("[probes.api]\nport = 22", "probes.api.port: this key is not known"),
+        ("[probes.api]\ntimeout_ms = 1", "probes.api.timeout_ms: this is out of range"),
+        ("[components.api]\ndockerfile = \"/etc/passwd\"", "is absolute"),
+        ("[components.api]\ncontext = \"a/../../b\"", "leaves the tree"),
+        ("[components.api]\nargs = { HTTP_PROXY = \"x\" }", "this steers the builder itself"),
+        ("[components.api]\nargs = { APP_VERSION = \"x\" }", "APP_VERSION is set by Replank"),
+        ("[components.api]\nargs = { \"A B\" = \"x\" }", "is not a name"),
+        ("[migrate]\napi = [\"up\"]", "data steps are not supported"),
+        ("schema = \"maybe\"", "is not one of `compatible`, `one-way` or `unknown`"),
+    ] {
+        let told = Manifest::parse(text).expect_err(text).to_string();
+        assert!(told.contains(expect), "{text}: {told}");
+    }
+}

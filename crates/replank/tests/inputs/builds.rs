@@ -1,0 +1,143 @@
+//! Releases that cannot be built.
+
+use std::time::{Duration, Instant};
+
+use replank_testbed::repo::Entry;
+
+use crate::rig::{Options, Rig};
+
+fn dockerfile(lines: &str) -> Vec<Entry> {
+    vec![Entry::file("app/Dockerfile", format!("FROM testbed/busybox\n{lines}\n"))]
+}
+
+#[test]
+fn a_release_that_cannot_be_built_fails_before_anything_is_touched() {
+    let mut rig = Rig::start(Options::default());
+
+    rig.repo.remove(&["app/Dockerfile"], "no Dockerfile").unwrap();
+    rig.publish("0.1.1", &[]);
+    rig.fails("0.1.1", &["app", "app/Dockerfile"]);
+
+    rig.publish("0.1.2", &dockerfile("RUN echo the reason is here && exit 3"));
+    let row = rig.fails("0.1.2", &["the build of app failed", "the reason is here", "build log"]);
+    let (code, log) = rig.log(&row);
+    assert!(code == 200 && log.contains("the reason is here"), "{code}: {log}");
+    let shown = rig.cli(&["logs", "app"]);
+    assert!(String::from_utf8_lossy(&shown.stdout).contains("the reason is here"));
+
+    rig.publish("0.1.3", &[Entry::file("app/Dockerfile", "FROM testbed/busybox\nNONSENSE\n")]);
+    rig.fails("0.1.3", &["app", "NONSENSE"]);
+
+    rig.publish("0.1.4", &dockerfile("COPY ../../etc/passwd /stolen"));
+    rig.fails("0.1.4", &["the build of app failed"]);
+
+    rig.publish("0.1.5", &[Entry::file("app/Dockerfile", "FROM no.such.registry.invalid/nothing:1\n")]);
+    rig.fails("0.1.5", &["app", "no.such.registry.invalid"]);
+
+    // Bytes that are no text, both in what the build prints and in the Dockerfile.
+    let odd = "RUN printf 'before \\377\\376 \\033[2J\\r\\n after\\n' && exit 4";
+    rig.publish("0.1.6", &dockerfile(odd));
+    let row = rig.fails("0.1.6", &["the build of app failed"]);
+    let (_, log) = rig.log(&row);
+    assert!(log.contains("before") && log.contains("after"), "{log}");
+    assert!(!log.contains("\u{1b}[2J"), "a control sequence came through: {log:?}");
+    let told = row["phase_detail"].as_str().unwrap();
+    let told = format!("{told}{}", row["failure"]);
+    assert!(!told.chars().any(char::is_control), "{told:?}");
+
+    let mut bytes = b"FROM testbed/busybox\nRUN echo '".to_vec();
+    bytes.extend_from_slice(&[0xff, 0xfe, 0x80]);
+    bytes.extend_from_slice(b"' && exit 5\n");
+    rig.publish("0.1.7", &[Entry::file("app/Dockerfile", bytes)]);
+    rig.fails("0.1.7", &["app"]);
+
+    // The context's place is taken by a link that leads out of the tree.
+    let tree = rig.repo.tree().to_owned();
+    std::fs::rename(tree.join("app"), tree.join("kept")).unwrap();
+    std::os::unix::fs::symlink("/etc", tree.join("app")).unwrap();
+    rig.publish("0.1.8", &[]);
+    rig.fails("0.1.8", &["app"]);
+    std::fs::remove_file(tree.join("app")).unwrap();
+    std::fs::rename(tree.join("kept"), tree.join("app")).unwrap();
+
+    // A link inside of the context leads out of it: it is never followed on this side.
+    std::os::unix::fs::symlink("/etc", tree.join("app/out")).unwrap();
+    rig.publish("0.1.9", &dockerfile("COPY out/hostname /stolen"));
+    rig.fails("0.1.9", &["the build of app failed"]);
+    std::fs::remove_file(tree.join("app/out")).unwrap();
+
+    rig.publish("0.1.10", &[Entry::file(".replank.toml", "mounts = [\"/:/host\"]\nnotes = 7\n")]);
+    rig.fails("0.1.10", &["0.1.10", "mounts", "notes"]);
+    rig.repo.remove(&[".replank.toml"], "no manifest").unwrap();
+
+    rig.goes_on("0.2.0");
+}
+
+#[test]
+fn a_build_that_hangs_ends_with_its_budget_and_in_the_engine() {
+    let mut rig = Rig::start(Options { budgets: "building_seconds = 8", ..Options::default() });
+    // A number that no other sleep on this machine has.
+    let sleep = format!("sleep 3{}", std::process::id());
+    rig.publish("0.1.1", &dockerfile(&format!("RUN {sleep}")));
+    rig.begin("0.1.1");
+    until("the step runs", || running(&sleep));
+    let row = rig.end(Duration::from_secs(60));
+    rig.failed(&row, "0.1.1", &["'building' took longer than its budget of 8 s", "app"]);
+    until("the step is gone from the engine", || !running(&sleep));
+    rig.goes_on("0.2.0");
+}
+
+#[test]
+#[ignore = "for the full campaign: with the engine's own clipping lifted it takes minutes"]
+fn a_build_that_prints_without_end_costs_bounded_memory_and_keeps_its_last_words() {
+    let engine = replank_testbed::EngineOptions { whole_logs: true, ..Default::default() };
+    let mut rig = Rig::start(Options { budgets: "building_seconds = 3600", engine, ..Options::default() });
+    let full = std::env::var_os("REPLANK_FULL").is_some();
+    // More than the engine keeps of a step unless it is told otherwise (2 MiB), so that nothing is clipped unseen.
+    let mebibytes = if full { 1024 } else { 4 };
+    let line = "x".repeat(1023);
+    // Lines of a kibibyte, so that the number of lines is what it says.
+    let print = format!("RUN yes {line} | head -n {} && echo the last words && exit 6", mebibytes * 1024);
+    rig.publish("0.1.1", &dockerfile(&print));
+    let before = peak(rig.pid());
+    let begun = Instant::now();
+    rig.begin("0.1.1");
+    let row = rig.end(Duration::from_secs(if full { 3_600 } else { 400 }));
+    let took = begun.elapsed();
+    let after = peak(rig.pid());
+    rig.failed(&row, "0.1.1", &["the build of app failed", "the last words"]);
+    let (code, log) = rig.log(&row);
+    let stored = log.len() / 1024 / 1024;
+    eprintln!("{mebibytes} MiB in {took:?}: memory {before} -> {after} MiB, {stored} MiB of log");
+    for line in log.lines().filter(|line| !line.contains("xxxxxxxx")) {
+        eprintln!("  {line}");
+    }
+    assert_eq!(code, 200);
+    assert!(!log.contains("output clipped"), "the engine held the flood back: nothing was tried");
+    assert!(log.contains("the last words"), "the tail of the log is lost");
+    assert!(after < before + 150, "the controller grew from {before} to {after} MiB");
+    assert!(stored < 200, "{stored} MiB of log are kept");
+    rig.goes_on("0.2.0");
+}
+
+/// Highest memory of a process so far, in MiB.
+fn peak(pid: u32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = text.lines().find_map(|l| l.strip_prefix("VmHWM:")).unwrap();
+    line.trim().trim_end_matches(" kB").trim().parse::<u64>().unwrap() / 1024
+}
+
+/// Whether a process with this command line runs on the machine, containers included.
+fn running(command: &str) -> bool {
+    let wanted: Vec<u8> = command.split(' ').flat_map(|word| [word.as_bytes(), b"\0"].concat()).collect();
+    let lines = std::fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path().join("cmdline"));
+    lines.into_iter().any(|path| std::fs::read(path).is_ok_and(|line| line == wanted))
+}
+
+fn until(what: &str, is: impl Fn() -> bool) {
+    let end = Instant::now() + Duration::from_secs(30);
+    while !is() {
+        assert!(Instant::now() < end, "not within 30 s: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}

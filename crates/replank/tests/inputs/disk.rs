@@ -1,0 +1,74 @@
+//! Full disks: the application's home, and the engine's data.
+
+use std::time::{Duration, Instant};
+
+use replank_testbed::EngineOptions;
+use replank_testbed::remains::Scratch;
+use replank_testbed::repo::Entry;
+
+use crate::rig::{JOB_LIMIT, Options, Rig, Small, release, said};
+
+#[test]
+fn a_full_home_is_told_and_the_job_can_be_started_again() {
+    let place = Scratch::create().unwrap();
+    let small = Small::mount(&place.path().join("small"), 64);
+    let mut rig = Rig::start(Options { home: Some(small.0.join("home")), ..Options::default() });
+    rig.publish("0.1.1", &release("0.1.1"));
+    let ballast = small.fill();
+
+    let out = rig.cli(&["start", "0.1.1", "--yes", "--no-wait"]);
+    eprintln!("{}", said(&out).trim());
+    crate::rig::refused(&out, 4, &["full", "free space"]);
+    // Reading goes on.
+    assert_eq!(rig.status()["state"], "succeeded");
+
+    std::fs::remove_file(&ballast).unwrap();
+    let row = rig.run("0.1.1");
+    assert_eq!(row["state"], "succeeded", "{row}\n{}", rig.told());
+    if let Some(watch) = rig.watch.take() {
+        drop(watch);
+    }
+
+    // Full in the middle of a build: it stands still, says why, and goes on by itself when there is space.
+    let slow = "FROM testbed/busybox\nRUN sleep 4\nCOPY www /www\nCMD [\"httpd\", \"-f\", \"-p\", \"8080\", \"-h\", \"/www\"]\n";
+    let mut files = release("0.1.2");
+    files[0] = Entry::file("app/Dockerfile", slow);
+    rig.publish("0.1.2", &files);
+    rig.begin("0.1.2");
+    while rig.status()["state"] != "building" {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let ballast = small.fill();
+    let end = Instant::now() + Duration::from_secs(60);
+    let mut row = rig.status();
+    // The build itself ends well; its log waits for the disk for a while before the outcome is recorded.
+    while !row["next_action"].as_str().unwrap_or_default().contains("full") {
+        assert!(Instant::now() < end, "the full disk is not told: {row}");
+        std::thread::sleep(Duration::from_millis(100));
+        row = rig.status();
+    }
+    assert_eq!(row["state"], "building", "{row}");
+    assert!(rig.told().contains("the disk that holds the ledger is full"), "{}", rig.told());
+    std::fs::remove_file(&ballast).unwrap();
+    let row = rig.end(JOB_LIMIT);
+    assert_eq!(row["state"], "succeeded", "{row}\n{}", rig.told());
+    rig.goes_on("0.2.0");
+    drop(rig);
+}
+
+#[test]
+fn a_full_engine_fails_the_build_with_advice() {
+    let place = Scratch::create().unwrap();
+    let small = Small::mount(&place.path().join("data"), 300);
+    let engine = EngineOptions {
+        arguments: vec!["--storage-driver=vfs".to_owned()],
+        data_root: Some(small.0.clone()),
+        whole_logs: false,
+    };
+    let mut rig = Rig::start(Options { engine, ..Options::default() });
+    let big = "FROM testbed/busybox\nRUN dd if=/dev/zero of=/big bs=1M count=400\n";
+    rig.publish("0.1.1", &[Entry::file("app/Dockerfile", big)]);
+    rig.fails("0.1.1", &["the build of app failed", "space"]);
+    rig.goes_on("0.2.0");
+    drop(rig);
+}

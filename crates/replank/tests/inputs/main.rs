@@ -1,0 +1,13 @@
+//! Bad input through the real static binary with real parts: each gives one clear error, leaves a state that can be started
+//! from, loses nothing, and what runs goes on serving.
+#![allow(clippy::unwrap_used)]
+
+mod builds;
+mod config;
+mod disk;
+mod ledger;
+mod parts;
+mod remote;
+mod rig;
+mod secrets;
+mod tour;

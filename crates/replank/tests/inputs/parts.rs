@@ -1,0 +1,107 @@
+//! A registry that refuses, and an engine that goes away in the middle of a build.
+
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, TcpListener};
+use std::time::Duration;
+
+use replank_testbed::Registry;
+use replank_testbed::repo::Entry;
+
+use crate::rig::{JOB_LIMIT, Options, Rig, get, release};
+
+fn with_registry(host: &str, budgets: &'static str) -> Options {
+    Options {
+        tables: format!("[registry]\nhost = \"{host}\"\npush = true\ninsecure = true\n"),
+        budgets,
+        ..Options::default()
+    }
+}
+
+#[test]
+fn a_registry_that_is_away_is_waited_for_inside_the_budget() {
+    let registry = Registry::start(IpAddr::V4(Ipv4Addr::LOCALHOST)).unwrap();
+    let mut rig = Rig::start(with_registry(&registry.name(), "building_seconds = 12"));
+    registry.stop().unwrap();
+    rig.publish("0.1.1", &release("0.1.1"));
+    rig.fails("0.1.1", &["'building' took longer than its budget of 12 s", "app", &registry.name()]);
+
+    // Back within the budget: nobody notices.
+    rig.publish("0.1.2", &release("0.1.2"));
+    rig.begin("0.1.2");
+    std::thread::sleep(Duration::from_secs(3));
+    registry.start_again().unwrap();
+    if let Some(watch) = rig.watch.take() {
+        drop(watch);
+    }
+    let row = rig.end(JOB_LIMIT);
+    assert_eq!(row["state"], "succeeded", "{row}\n{}", rig.told());
+    rig.goes_on("0.2.0");
+}
+
+#[test]
+fn a_registry_that_wants_a_sign_in_is_told_at_once() {
+    // Takes the first deployment's build nowhere: the very first job must say so too, on the command line of `deploy`.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let host = listener.local_addr().unwrap().to_string();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let mut head = [0; 2048];
+            // Whatever is asked; a client that hangs up is none of ours.
+            if stream.read(&mut head).is_ok() {
+                let body = "{\"errors\":[{\"code\":\"UNAUTHORIZED\",\"message\":\"authentication required\"}]}";
+                write!(
+                    stream,
+                    "HTTP/1.1 401 Unauthorized\r\nWWW-Authenticate: Basic realm=\"registry\"\r\nContent-Type: \
+                     application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
+                    body.len()
+                )
+                .ok();
+            }
+        }
+    });
+    let rig = Rig::prepare(with_registry(&host, ""));
+    let out = rig.cli(&["deploy", "0.1.0"]);
+    crate::rig::refused(&out, 1, &["failed_pre", &host, "401", "credentials"]);
+    // Mended, the same command goes through.
+    let config = rig.home.join("replank.toml");
+    let text = std::fs::read_to_string(&config).unwrap();
+    std::fs::write(&config, text.replace("push = true", "push = false")).unwrap();
+    let out = rig.cli(&["deploy", "0.1.0"]);
+    assert!(out.status.success(), "{}", crate::rig::said(&out));
+}
+
+#[test]
+fn an_engine_that_goes_away_in_a_build_is_waited_for() {
+    let mut rig = Rig::start(Options::default());
+    // The watch asks through the engine's own forwarder, which dies with it.
+    rig.watch = None;
+    let slow = "FROM testbed/busybox\nRUN sleep 6\nCOPY www /www\nCMD [\"httpd\", \"-f\", \"-p\", \"8080\", \"-h\", \"/www\"]\n";
+    let mut files = release("0.1.1");
+    files[0] = Entry::file("app/Dockerfile", slow);
+    rig.publish("0.1.1", &files);
+    rig.begin("0.1.1");
+    until_state(&rig, "building");
+    std::thread::sleep(Duration::from_secs(1));
+    rig.engine.kill().unwrap();
+    std::thread::sleep(Duration::from_secs(2));
+    // While it is away, people are told.
+    let row = rig.status();
+    assert_eq!(row["state"], "building", "{row}");
+    eprintln!("while the engine is away: {} / {}", row["phase_detail"], row["next_action"]);
+    assert!(format!("{row}").contains("the Docker engine cannot be reached"), "{row}");
+    rig.engine.start_again().unwrap();
+    let row = rig.end(JOB_LIMIT);
+    assert_eq!(row["state"], "succeeded", "{row}\n{}", rig.told());
+    let (code, body) = get(rig.web, "/version", "").unwrap();
+    assert_eq!((code, body.trim()), (200, "version=0.1.1;"));
+    rig.goes_on("0.2.0");
+}
+
+fn until_state(rig: &Rig, state: &str) {
+    let end = std::time::Instant::now() + JOB_LIMIT;
+    while rig.status()["state"] != state {
+        assert!(std::time::Instant::now() < end, "never {state}: {}", rig.status());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}

@@ -1,0 +1,109 @@
+//! Git remotes that are away, lie, or change their mind.
+
+use std::time::Duration;
+
+use replank_testbed::git::Fault;
+
+use crate::rig::{Options, Rig, refused, release};
+
+/// Candidates are kept for 15 s.
+const FRESH: Duration = Duration::from_secs(16);
+
+#[test]
+fn a_remote_that_is_away_or_hostile_is_told_and_nothing_else_stops() {
+    let mut rig = Rig::start(Options::default());
+    let id = rig.publish("0.1.1", &release("0.1.1"));
+    let hostile: Vec<(&str, Fault, &[&str])> = vec![
+        ("redirects", Fault::Redirect("http://169.254.169.254".to_owned()), &["redirect"]),
+        ("answers with a page", Fault::Page("<html>\u{1b}[31mplease sign in".to_owned()), &["text/html"]),
+        ("wants a sign-in", Fault::Status(401), &["credential"]),
+        ("has no such repository", Fault::Status(404), &["address"]),
+        ("is broken", Fault::Status(503), &["503"]),
+        ("talks without end", Fault::HugeBody(64 * 1024 * 1024), &["larger than 4194304 bytes"]),
+        ("cuts its answer", Fault::CutAfter(20), &["git remote"]),
+    ];
+    for (name, fault, parts) in hostile {
+        rig.git.set_fault(fault);
+        look(&rig, name, parts);
+    }
+    rig.git.stop();
+    look(&rig, "is away", &["cannot be reached"]);
+    rig.git.start_again().unwrap();
+    // Names that no git would write are not offered, and do not reach a terminal. Last, as a good look is kept for a while.
+    rig.git.set_fault(Fault::Refs(vec![
+        (id.clone(), b"refs/tags/v0.1.2\x1b]0;owned\x07".to_vec()),
+        (id.clone(), b"refs/tags/v0.1.3\r\xe2\x80\xae".to_vec()),
+    ]));
+    look(&rig, "has control characters in a name", &[]);
+    rig.git.set_fault(Fault::None);
+    rig.goes_on("0.2.0");
+}
+
+/// Candidates say what is wrong with the remote, a check fails with one line, and no job begins.
+fn look(rig: &Rig, name: &str, parts: &[&str]) {
+    let out = rig.cli(&["candidates", "--json"]);
+    assert!(out.status.success(), "{name}: {out:?}");
+    let found: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    let error = found["error"].as_str().unwrap_or_default();
+    eprintln!("{name}: {error}");
+    let raw = String::from_utf8_lossy(&out.stdout).into_owned();
+    assert!(!raw.trim().chars().any(|c| c.is_control() || c == '\u{202e}'), "{name}: {raw:?}");
+    for shown in [rig.cli(&["candidates"]), rig.cli(&["status"])] {
+        let text = String::from_utf8_lossy(&shown.stdout).into_owned();
+        assert!(shown.status.success() && !text.contains(['\u{1b}', '\u{7}', '\u{202e}']), "{name}: {text:?}");
+    }
+    if parts.is_empty() {
+        assert_eq!(found["candidates"].as_array().map(Vec::len), Some(0), "{name}: {found}");
+        return;
+    }
+    for part in parts {
+        assert!(error.contains(part), "{name}: {part:?} is not in {error:?}");
+    }
+    assert!(error.contains("; "), "{name}: nothing says what to do: {error}");
+    let start = rig.cli(&["start", "0.1.1", "--yes", "--no-wait"]);
+    refused(&start, 4, parts);
+    assert_eq!(rig.status()["state"], "succeeded", "{name}");
+}
+
+#[test]
+fn a_moved_tag_is_refused_and_both_commits_are_named() {
+    let mut rig = Rig::start(Options::default());
+    let first = rig.publish("0.1.1", &release("0.1.1"));
+    // The look that pins it; the one at the start of the service may have been a moment too early.
+    std::thread::sleep(FRESH);
+    let offered = rig.cli(&["candidates"]);
+    assert!(String::from_utf8_lossy(&offered.stdout).contains("v0.1.1"), "{offered:?}");
+
+    // Between the look and the fetch.
+    let second = rig.repo.commit(&release("0.1.1-moved"), "moved").unwrap();
+    rig.repo.tag("v0.1.1", &second, "moved").unwrap();
+    rig.fails("0.1.1", &[&first, &second]);
+
+    // And at the next look: the commit that was seen first counts for ever.
+    std::thread::sleep(FRESH);
+    let out = rig.cli(&["candidates"]);
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    assert!(out.status.success() && text.contains(&first[..7]) && text.contains(&second[..7]), "{text}");
+    refused(&rig.cli(&["start", "0.1.1", "--yes", "--no-wait"]), 3, &[&first, &second, "new version"]);
+
+    // Put back, it is what was pinned.
+    rig.repo.tag("v0.1.1", &first, "back").unwrap();
+    std::thread::sleep(FRESH);
+    let row = rig.run("0.1.1");
+    assert_eq!(row["state"], "succeeded", "{row}");
+    assert_eq!(row["running_sha"], first.as_str());
+}
+
+#[test]
+fn a_branch_of_a_tags_name_refuses_the_candidate() {
+    let mut rig = Rig::start(Options::default());
+    let id = rig.publish("0.1.1", &release("0.1.1"));
+    rig.repo.branch("v0.1.1", &id).unwrap();
+    let out = rig.cli(&["candidates"]);
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    assert!(text.contains("v0.1.1") && text.contains("branch"), "{text}");
+    refused(&rig.cli(&["start", "0.1.1", "--yes", "--no-wait"]), 3, &["v0.1.1", "branch"]);
+    assert_eq!(rig.status()["job_id"].as_str().map(|id| id.starts_with("v0.1.0")), Some(true));
+    rig.repo.delete_ref("refs/heads/v0.1.1").unwrap();
+    rig.goes_on("0.2.0");
+}

@@ -1,0 +1,114 @@
+//! Every command as a new user types it, against a running installation.
+
+use std::process::Output;
+
+use serde_json::Value;
+
+use crate::rig::{Options, Rig, refused, release, said};
+
+fn show(rig: &Rig, arguments: &[&str]) -> Output {
+    let out = rig.cli(arguments);
+    eprintln!("$ replank {}\n{}", arguments.join(" "), said(&out));
+    out
+}
+
+/// It went well, and what it says holds all of `parts`.
+#[track_caller]
+fn well(rig: &Rig, arguments: &[&str], parts: &[&str]) -> String {
+    let out = show(rig, arguments);
+    let text = said(&out);
+    assert!(out.status.success(), "{text}");
+    for part in parts {
+        assert!(text.contains(part), "{part:?} is not in {text}");
+    }
+    // A command is no log.
+    assert!(!text.contains(" INFO ") && !text.contains('\u{1b}'), "{text}");
+    String::from_utf8_lossy(&out.stdout).into_owned()
+}
+
+#[track_caller]
+fn json(rig: &Rig, arguments: &[&str]) -> Value {
+    let out = show(rig, &[arguments, &["--json"]].concat());
+    assert!(out.status.success(), "{}", said(&out));
+    // One object, or one a line where something is followed: the last one counts.
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    serde_json::from_str(text.trim().lines().last().unwrap_or_default()).expect("JSON")
+}
+
+#[test]
+fn every_command_answers_a_new_user() {
+    let mut rig = Rig::prepare(Options::default());
+    // Before anything is there.
+    refused(&show(&rig, &["status"]), 4, &["cannot be reached", "replank serve"]);
+    refused(&show(&rig, &["deploy", "9.9.9"]), 1, &["9.9.9", "v0.1.0", "publish"]);
+    refused(&show(&rig, &["deploy", "nonsense"]), 2, &["nonsense"]);
+    well(&rig, &["deploy"], &["building", "0.1.0 runs as revision"]);
+    refused(&show(&rig, &["deploy"]), 1, &["deployed already", "replank start"]);
+    rig.serve();
+
+    well(&rig, &["status"], &["inputs", "0.1.0", "succeeded"]);
+    well(&rig, &["candidates"], &["nothing newer than 0.1.0"]);
+    refused(&show(&rig, &["start", "--yes"]), 3, &["nothing newer"]);
+    refused(&show(&rig, &["rollback"]), 3, &["snapshot"]);
+    refused(&show(&rig, &["escape-hatch"]), 3, &["snapshot"]);
+    refused(&show(&rig, &["cancel"]), 3, &[]);
+    refused(&show(&rig, &["confirm"]), 3, &[]);
+    rig.publish("0.2.0", &release("0.2.0"));
+    std::thread::sleep(std::time::Duration::from_secs(16));
+    well(&rig, &["check"], &["0.2.0"]);
+    refused(&show(&rig, &["check"]), 3, &["wait"]);
+    well(&rig, &["candidates"], &["1 release newer than 0.1.0", "v0.2.0"]);
+    assert_eq!(json(&rig, &["candidates"])["candidates"][0]["name"], "v0.2.0");
+    refused(&show(&rig, &["start"]), 2, &["--yes"]);
+    refused(&show(&rig, &["start", "0.0.9", "--yes"]), 3, &["0.0.9"]);
+    refused(&show(&rig, &["start", "v1", "--yes"]), 2, &["v1"]);
+    well(&rig, &["start", "--yes", "--reason", "because"], &["building", "succeeded", "0.2.0 runs"]);
+    assert_eq!(json(&rig, &["status"])["running_version"], "0.2.0");
+    well(&rig, &["status"], &["because", "rollback"]);
+    well(&rig, &["logs", "app"], &["COPY www /www"]);
+    well(&rig, &["logs", "-f", "app"], &["COPY www /www"]);
+    let line: Value = json(&rig, &["logs", "app"]);
+    assert_eq!(line["component"], "app");
+    refused(&show(&rig, &["logs", "nothing"]), 3, &["no such component", "app"]);
+    refused(&show(&rig, &["logs", "app", "--job", "v9.9.9-abcdef"]), 3, &["job"]);
+    let commands = well(&rig, &["escape-hatch"], &["docker"]);
+    assert!(commands.lines().count() >= 1);
+    well(&rig, &["history"], &["start", "succeeded", "because"]);
+    well(&rig, &["history", "--verify"], &["consistent with anchor"]);
+    assert_eq!(json(&rig, &["history", "--verify"])["consistent"], true);
+    assert!(json(&rig, &["history", "--limit", "3"])["events"].as_array().is_some_and(|e| e.len() == 3));
+    well(&rig, &["rollback", "--reason", "not nice"], &["rolled_back", "0.1.0 runs"]);
+    refused(&show(&rig, &["start", "0.2.0", "--yes"]), 3, &["quarantine"]);
+    assert_eq!(json(&rig, &["start", "0.2.0", "--yes", "--override-quarantine"])["state"], "succeeded");
+
+    // Tokens.
+    well(&rig, &["token", "list"], &["NAME", "admin"]);
+    refused(&show(&rig, &["token", "create", "admin"]), 1, &["exists", "--out"]);
+    well(&rig, &["token", "create", "eve", "--out", &rig.home.join("eve").display().to_string()], &["eve"]);
+    let eve = rig.home.join("eve").display().to_string();
+    well(&rig, &["status", "--token-file", &eve], &["0.2.0"]);
+    refused(&show(&rig, &["rollback", "--token-file", &eve]), 5, &["admin"]);
+    well(&rig, &["token", "revoke", "eve"], &["eve"]);
+    refused(&show(&rig, &["token", "revoke", "eve"]), 3, &["eve"]);
+    refused(&show(&rig, &["status", "--token-file", &eve]), 5, &["token"]);
+    assert!(json(&rig, &["token", "list"])["tokens"].as_array().is_some_and(|all| all.len() == 2));
+    std::fs::write(&eve, "").unwrap();
+    refused(&show(&rig, &["status", "--token-file", &eve]), 2, &["holds no token"]);
+    refused(&show(&rig, &["status", "--token-file", "/no/such"]), 2, &["/no/such"]);
+    refused(&show(&rig, &["status", "--url", "ftp://x"]), 2, &["http://"]);
+
+    // A wrong directory, and a service that is gone: the way back is still told.
+    let mut elsewhere = rig.command(&["status"]);
+    elsewhere.env_remove("REPLANK_HOME").env_remove("REPLANK_URL");
+    elsewhere.env("REPLANK_URL", rig.url(""));
+    refused(&elsewhere.output().unwrap(), 5, &["not signed in", "--token-file"]);
+    drop(rig.serving.take());
+    refused(&show(&rig, &["status"]), 4, &["cannot be reached"]);
+    let offline = well(&rig, &["escape-hatch"], &["docker"]);
+    assert!(offline.lines().all(|line| !line.contains("service")), "{offline}");
+    let shell = show(&rig, &["completions", "bash"]);
+    assert!(shell.status.success());
+    let out = show(&rig, &["status", "--json"]);
+    let told: Value = serde_json::from_slice(&out.stderr).expect("an error in JSON");
+    assert_eq!(told["code"], 4);
+}

@@ -1,0 +1,9 @@
+//! Whole upgrades of the sample application by the real program on a real engine, with faults at the worst moments.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod failing_releases;
+mod killed_controller;
+mod killed_engine;
+mod retried_builds;
+mod starts;
+mod world;

@@ -1,0 +1,2 @@
+/* What /healthz answers. */
+#define HEALTH_STATUS 500

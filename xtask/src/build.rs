@@ -1,0 +1,70 @@
+//! Cargo as the product is built: static programs, which run in images made from scratch.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use replank_testbed::{images, process};
+
+/// Where the static programs are, and how to call cargo for them.
+#[derive(Debug)]
+pub(crate) struct Build {
+    triple: String,
+}
+
+impl Build {
+    /// # Errors
+    /// When rustc does not answer.
+    pub(crate) fn new() -> Result<Self> {
+        let version = process::text(Command::new("rustc").arg("-vV"))?;
+        let triple =
+            version.lines().find_map(|line| line.strip_prefix("host: ")).context("rustc does not name its host")?;
+        Ok(Self { triple: triple.to_owned() })
+    }
+
+    /// `cargo <words> --target <host>` with the flags for static programs. Naming the target keeps the flags away from build
+    /// scripts and procedural macros, which cannot be static.
+    #[must_use]
+    pub(crate) fn cargo(&self, words: &[&str]) -> Command {
+        let mut command = Command::new("cargo");
+        command.args(words).args(["--target", &self.triple]).current_dir(images::workspace());
+        let flags = format!("CARGO_TARGET_{}_RUSTFLAGS", self.triple.to_uppercase().replace('-', "_"));
+        command.env(flags, "-C target-feature=+crt-static");
+        // Either would replace the flags above.
+        command.env_remove("RUSTFLAGS").env_remove("CARGO_ENCODED_RUSTFLAGS");
+        command
+    }
+
+    /// Builds the one binary and answers its path.
+    ///
+    /// # Errors
+    /// When it does not compile; cargo has said why by then.
+    pub fn replank(&self, profile: Profile) -> Result<PathBuf> {
+        let flags: &[&str] = match profile {
+            Profile::Dev => &[],
+            Profile::Release => &["--release"],
+        };
+        let status = self.cargo(&["build", "--package", "replank", "--bin", "replank"]).args(flags).status()?;
+        if !status.success() {
+            bail!("replank does not build");
+        }
+        Ok(self.program(profile))
+    }
+
+    /// Where the one binary is once it was built.
+    #[must_use]
+    pub(crate) fn program(&self, profile: Profile) -> PathBuf {
+        let directory = match profile {
+            Profile::Dev => "debug",
+            Profile::Release => "release",
+        };
+        images::target().join(&self.triple).join(directory).join("replank")
+    }
+}
+
+/// The tests run what compiles fast, the demo and the benchmarks what runs fast.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Profile {
+    Dev,
+    Release,
+}

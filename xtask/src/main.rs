@@ -1,0 +1,55 @@
+//! `cargo xtask`: everything a developer of Replank types.
+
+mod bench;
+mod build;
+mod demo;
+mod test;
+mod tidy;
+mod world;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", about = "Everything a developer of Replank types")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Shows the sample application upgrading itself.
+    Demo(demo::Options),
+    /// Runs every check and every test, against a real engine, registry and git server.
+    Test(test::Options),
+    /// Measures something; prints one JSON object.
+    Bench(bench::Options),
+    /// Checks what the compiler does not: dependencies, imports, sizes of files.
+    Tidy,
+    /// Starts what tests and experiments need (engine, registry, git server, images, sample), prints the environment
+    /// that leads there, and takes everything away on Ctrl-C.
+    Engine(world::Options),
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<ExitCode> {
+    match Arguments::parse().task {
+        Task::Demo(options) => demo::run(&options),
+        Task::Test(options) => test::run(&options),
+        Task::Bench(options) => bench::run(&options),
+        Task::Tidy => tidy::run(),
+        Task::Engine(options) => world::run(&options).map(|()| ExitCode::SUCCESS),
+    }
+}

@@ -1,0 +1,90 @@
+//! `cargo xtask test`: every check, then every test with the runner's own summary as the last words.
+
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result, bail};
+use replank_testbed::{process, sample, setup};
+
+use crate::build::Build;
+use crate::tidy;
+use crate::world::World;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Also the campaigns that take hours.
+    #[arg(long)]
+    full: bool,
+    /// Only the tests: no formatting, lints or static checks.
+    #[arg(long)]
+    only_tests: bool,
+    /// For the test runner, such as a filter.
+    #[arg(last = true)]
+    runner: Vec<String>,
+}
+
+/// Answers the runner's exit code.
+pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    // First, as it says early what a machine lacks.
+    setup::ensure()?;
+    let build = Build::new()?;
+    if !options.only_tests {
+        step("formatting", build_free(&["fmt", "--all", "--check"]))?;
+        if tidy::run()? != ExitCode::SUCCESS {
+            bail!("the static checks failed");
+        }
+        let mut clippy = build.cargo(&["clippy", "--workspace", "--all-targets"]);
+        clippy.args(["--", "--deny", "warnings"]);
+        step("lints", clippy)?;
+    }
+    // All of it in one go, as the test runner builds it: naming one package would choose other features, and build twice.
+    step("that everything builds", build.cargo(&["build", "--workspace", "--all-targets"]))?;
+    let replank = build.program(crate::build::Profile::Dev);
+    let world = World::start(replank, sample::FULL_UNITS)?;
+
+    let has_nextest = process::run(Command::new("cargo").args(["nextest", "--version"])).is_ok();
+    let runner = if has_nextest {
+        build.cargo(&["nextest", "run", "--workspace", "--no-fail-fast"])
+    } else {
+        eprintln!("cargo-nextest is not installed: tests run one binary after the other");
+        build.cargo(&["test", "--workspace", "--no-fail-fast"])
+    };
+    let mut runner = tied(&runner);
+    runner.args(&options.runner).envs(world.environment());
+    if options.full {
+        runner.env("REPLANK_FULL", "1");
+    }
+    let status = runner.status().context("cannot start the test runner")?;
+    drop(world);
+    Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
+}
+
+/// The same command, ended with us when we are killed: tests must not go on against parts that are gone. This is the main
+/// thread, which lives as long as the process.
+fn tied(command: &Command) -> Command {
+    let mut tied = Command::new("setpriv");
+    tied.args(["--pdeathsig", "TERM"]).arg(command.get_program()).args(command.get_args());
+    if let Some(directory) = command.get_current_dir() {
+        tied.current_dir(directory);
+    }
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => tied.env(name, value),
+            None => tied.env_remove(name),
+        };
+    }
+    tied
+}
+
+fn build_free(words: &[&str]) -> Command {
+    let mut command = Command::new("cargo");
+    command.args(words).current_dir(replank_testbed::images::workspace());
+    command
+}
+
+fn step(what: &str, mut command: Command) -> Result<()> {
+    eprintln!("checking {what}");
+    if !command.status()?.success() {
+        bail!("the check of {what} failed");
+    }
+    Ok(())
+}
