@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
@@ -399,85 +399,4 @@ pub(crate) fn image_context(version: &str) -> TempDir {
          COPY version.json /www/version.json\nCOPY slow stream /www/cgi-bin/\nENV PATH=/bin\nCMD [\"busybox\",\"httpd\",\"-f\",\"-p\",\"8080\",\"-h\",\"/www\"]\n",
     );
     context
-}
-
-/// An engine of the test's own, to kill.
-pub(crate) struct Dockerd {
-    directory: TempDir,
-    socket: PathBuf,
-    child: Option<Child>,
-}
-
-impl Dockerd {
-    pub(crate) fn start() -> Self {
-        let directory = tempfile::Builder::new().prefix("rpd").tempdir().expect("directory");
-        let socket = directory.path().join("docker.sock");
-        let mut engine = Self { directory, socket, child: None };
-        engine.run();
-        engine
-    }
-
-    pub(crate) fn socket(&self) -> &Path {
-        &self.socket
-    }
-
-    fn run(&mut self) {
-        let at = |name: &str| self.directory.path().join(name).display().to_string();
-        let log = || std::fs::File::options().create(true).append(true).open(at("log")).expect("log");
-        let end = Instant::now() + PATIENCE;
-        while Instant::now() < end {
-            let mut child = Command::new("/usr/sbin/dockerd")
-                .args(["--host", &format!("unix://{}", self.socket.display())])
-                .args(["--data-root", &at("data"), "--exec-root", &at("exec"), "--pidfile", &at("pid")])
-                // No default bridge; networks from a range that other engines of the tests leave alone.
-                .args(["--bridge", "none", "--default-address-pool", "base=10.206.64.0/18,size=24"])
-                .stdin(Stdio::null())
-                .stdout(log())
-                .stderr(log())
-                .spawn()
-                .expect("dockerd runs");
-            // An engine that loses a race for the firewall's chains ends; it is started again.
-            while child.try_wait().expect("wait").is_none() && Instant::now() < end {
-                let version = Command::new(DOCKER)
-                    .env("DOCKER_HOST", format!("unix://{}", self.socket.display()))
-                    .arg("version")
-                    .output();
-                if version.is_ok_and(|output| output.status.success()) {
-                    self.child = Some(child);
-                    return;
-                }
-                std::thread::sleep(Duration::from_millis(100));
-            }
-        }
-        panic!("dockerd did not start: {}", std::fs::read_to_string(at("log")).unwrap_or_default());
-    }
-
-    /// As if the power had gone, as far as one process can tell.
-    pub(crate) fn kill_and_restart(&mut self) {
-        let mut child = self.child.take().expect("running");
-        child.kill().expect("kill");
-        child.wait().expect("wait");
-        std::fs::remove_file(self.directory.path().join("pid")).unwrap_or_default();
-        self.run();
-    }
-
-    /// In order, so that nothing of it stays behind.
-    pub(crate) fn stop(mut self) {
-        self.terminate();
-    }
-
-    fn terminate(&mut self) {
-        let Some(mut child) = self.child.take() else { return };
-        let pid = child.id().to_string();
-        let asked = Command::new("/bin/kill").args(["-TERM", &pid]).status();
-        if !asked.is_ok_and(|status| status.success()) || child.wait().is_err() {
-            eprintln!("dockerd {pid} did not stop");
-        }
-    }
-}
-
-impl Drop for Dockerd {
-    fn drop(&mut self) {
-        self.terminate();
-    }
 }

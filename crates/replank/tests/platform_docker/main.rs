@@ -7,13 +7,14 @@ mod rules;
 
 use std::collections::BTreeSet;
 
-use fixture::{App, Dockerd, docker_in, engine_socket};
+use fixture::{App, docker_in, engine_socket};
 use replank_adapters::platform::docker::config::{MountConfig, SecretSource};
 use replank_adapters::platform::docker::{DockerPlatform, Vantage, names};
 use replank_core::fault::Class;
-use replank_core::ports::{Ask, Change, Platform as _, Probed, Running};
+use replank_core::ports::{Ask, Change, Observation, Platform as _, Probed, Running};
 use replank_core::record::{Deployment, Overlap};
 use replank_core::words::{ContainerName, RevisionId};
+use replank_testbed::{Engine, EngineOptions};
 
 pub(crate) fn all(deployment: &Deployment) -> BTreeSet<ContainerName> {
     deployment.plan.containers.keys().cloned().collect()
@@ -333,7 +334,7 @@ async fn revisions_come_and_go_without_a_failed_request() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn after_the_engine_died_the_proxy_and_what_was_settled_return_alone() {
-    let mut engine = Dockerd::start();
+    let engine = Engine::start(&EngineOptions::default()).expect("engine");
     let app = App::on(engine.socket(), "reboot", |_| ()).await;
     let (blue, green) = (app.deployment("r1", "0.1.0").await, app.deployment("r2", "0.2.0").await);
     app.does(&start(&blue)).await;
@@ -343,26 +344,28 @@ async fn after_the_engine_died_the_proxy_and_what_was_settled_return_alone() {
     // Inside a confirm window: green takes the traffic, blue is what a reboot brings back.
     app.does(&shift(&green, 3, Some(&blue))).await;
     app.until_passed(&green).await;
-    engine.kill_and_restart();
+    // Only the engine's own processes end: it finds containers that ran on without it.
+    engine.kill().and_then(|()| engine.start_again()).expect("engine again");
     app.until_serves("0.1.0").await;
-    let seen = app.platform.observe(&Ask::default()).await.expect("observe");
-    let running =
-        |d: &Deployment| seen.revisions[&d.revision].containers.values().all(|c| c.running == Running::Running);
-    assert!(running(&blue) && !running(&green), "{seen:?}");
+    // What serves may be there before the rest of its revision.
+    let whole =
+        |seen: &Observation| seen.revisions[&blue.revision].containers.values().all(|c| c.running == Running::Running);
+    let seen = app.until_seen(&Ask::default(), whole).await;
+    let any = |seen: &Observation, d: &Deployment| {
+        seen.revisions[&d.revision].containers.values().any(|c| c.running == Running::Running)
+    };
+    assert!(!any(&seen, &green), "{seen:?}");
     assert_eq!(seen.traffic.fallback.as_ref(), Some(&blue.revision));
     assert_eq!(seen.traffic.revision.as_ref(), Some(&blue.revision));
     // A settle after it makes green the one that returns.
     app.does(&start(&green)).await;
     app.does(&shift(&green, 4, Some(&blue))).await;
     app.does(&settle(&green, &[&blue], 5)).await;
-    engine.kill_and_restart();
+    // As if the power had gone.
+    engine.kill_everything().and_then(|()| engine.start_again()).expect("engine again");
     app.until_serves("0.2.0").await;
     let seen = app.platform.observe(&Ask::default()).await.expect("observe");
-    let running =
-        |d: &Deployment| seen.revisions[&d.revision].containers.values().any(|c| c.running == Running::Running);
-    assert!(running(&green) && !running(&blue), "{seen:?}");
-    drop(app);
-    engine.stop();
+    assert!(any(&seen, &green) && !any(&seen, &blue), "{seen:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
