@@ -23,18 +23,21 @@ pub struct Options {
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
+    /// Tell on the error output where our time goes: what was recorded when.
+    #[arg(long)]
+    profile: bool,
 }
 
 pub fn run(options: &Options) -> Result<ExitCode> {
     match options.name.as_str() {
-        "pipeline" => pipeline(options.json),
+        "pipeline" => pipeline(options),
         other => bail!("there is no benchmark called {other}; there is: pipeline"),
     }
 }
 
 /// Single mode, from the start request to the first answer of the new version, against a script that does the same git
 /// clone, parallel docker build, push and start with the plain tools. The build cache is cold for both.
-fn pipeline(as_json: bool) -> Result<ExitCode> {
+fn pipeline(options: &Options) -> Result<ExitCode> {
     let replank = Build::new()?.replank(Profile::Release)?;
     let world = World::start(replank, sample::FULL_UNITS)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
@@ -54,6 +57,9 @@ fn pipeline(as_json: bool) -> Result<ExitCode> {
         for pair in 1..=PAIRS {
             cold(&world)?;
             let (us, api_port) = (upgrade(&installed).await?, free_port()?);
+            if options.profile {
+                profile(&installed).await?;
+            }
             let mut states = vec![];
             installed.rollback("the next pair starts from 0.1.0").await?;
             installed.until_state(LIMIT, &mut states, &["rolled_back"]).await?;
@@ -67,7 +73,7 @@ fn pipeline(as_json: bool) -> Result<ExitCode> {
     })?;
     let (ours_s, baseline_s) = (median(&mut ours), median(&mut theirs));
     let ratio = ours_s / baseline_s;
-    if as_json {
+    if options.json {
         let round = |x: f64| (x * 1_000.0).round() / 1_000.0;
         println!("{}", json!({"ours_s": round(ours_s), "baseline_s": round(baseline_s), "ratio": round(ratio)}));
     } else {
@@ -97,6 +103,25 @@ async fn upgrade(installed: &Installed) -> Result<f64> {
     let row = installed.until_state(LIMIT, &mut states, &["succeeded", "failed_pre", "failed_rollout"]).await?;
     ensure!(row["state"] == "succeeded", "the upgrade ended as {}: {}", row["state"], row["phase_detail"]);
     Ok(seconds)
+}
+
+/// The last job's events, in seconds from its start.
+async fn profile(installed: &Installed) -> Result<()> {
+    let job = installed.status().await?["job_id"].clone();
+    let at = |event: &serde_json::Value| -> Option<jiff::Timestamp> { event["ts"].as_str()?.parse().ok() };
+    let events = installed.history().await?;
+    let mut events: Vec<_> = events.iter().filter(|e| e["job_id"] == job).filter_map(|e| Some((at(e)?, e))).collect();
+    events.sort_by_key(|(at, event)| (*at, event["seq"].as_u64()));
+    let Some(begun) = events.first().map(|(at, _)| *at) else { return Ok(()) };
+    for (at, event) in events {
+        let what = ["component", "op"].iter().find_map(|field| event[field].as_str()).unwrap_or_default();
+        eprintln!(
+            "  {:8.3} s  {} {what}",
+            at.duration_since(begun).as_secs_f64(),
+            event["event"].as_str().unwrap_or("?")
+        );
+    }
+    Ok(())
 }
 
 async fn first_answer(url: &str, version: &str, begun: Instant) -> Result<()> {

@@ -24,6 +24,26 @@ impl ImageId {
             Self::Engine { id, .. } => id.to_string(),
         }
     }
+
+    /// Where its versions are kept beside one another: the name without tag or digest.
+    pub fn repository(&self) -> &str {
+        match self {
+            Self::Manifest { repository, .. } => repository,
+            // A colon before a slash belongs to a port.
+            Self::Engine { name, .. } => match name.rsplit_once(':') {
+                Some((repository, tag)) if !tag.contains('/') => repository,
+                Some(_) | None => name,
+            },
+        }
+    }
+
+    /// What makes it this image: the same bytes have the same digest under every name.
+    pub fn digest(&self) -> &Digest {
+        match self {
+            Self::Manifest { digest, .. } => digest,
+            Self::Engine { id, .. } => id,
+        }
+    }
 }
 
 impl fmt::Display for ImageId {

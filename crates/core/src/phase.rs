@@ -353,6 +353,35 @@ impl Phase {
         }
     }
 
+    /// Every image that the phase speaks of.
+    pub fn images(&self) -> Vec<&ImageId> {
+        fn of_swap(swap: &Swap) -> Vec<&ImageId> {
+            let snapshot = match &swap.way_back {
+                WayBack::Snapshot(snapshot) => Some(&snapshot.deployment),
+                WayBack::FirstDeployment => None,
+            };
+            let deployments = [Some(&swap.to), swap.from.as_ref(), snapshot];
+            deployments.into_iter().flatten().flat_map(|d| d.images.values()).collect()
+        }
+        match self {
+            Self::Idle | Self::Queued | Self::Fetching | Self::FailedPre { .. } | Self::RolledBack { .. } => Vec::new(),
+            Self::Building(building) => {
+                building.builds.values().filter_map(|b| b.built.as_ref()).map(|b| &b.image).collect()
+            }
+            Self::Patching(patching) => patching.images.values().collect(),
+            Self::RollingOut(swap)
+            | Self::Validating(swap)
+            | Self::FailedRollout { swap, .. }
+            | Self::RollbackFailed { swap, .. } => of_swap(swap),
+            Self::Confirming(Confirming { swap, flip, .. }) => {
+                let back = flip.as_ref().map(|f| of_swap(&f.swap)).unwrap_or_default();
+                of_swap(swap).into_iter().chain(back).collect()
+            }
+            Self::RollingBack(back) => of_swap(&back.swap),
+            Self::Succeeded { built_only } => built_only.iter().flat_map(|b| b.images.values()).collect(),
+        }
+    }
+
     /// The swap that a phase is about, in flight or held.
     pub fn swap(&self) -> Option<&Swap> {
         match self {

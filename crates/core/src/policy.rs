@@ -59,6 +59,13 @@ pub struct Policy {
     pub keep_containers: u64,
     /// How long a snapshot's images stay protected.
     pub keep_images: u64,
+    /// The newest images of each component that stay although nothing needs them, so that a version can come back without a
+    /// build. What runs and what a rollback needs stays in any case.
+    pub keep_builds: usize,
+    /// The newest jobs whose build logs stay.
+    pub keep_logs: usize,
+    /// Time between clean-ups at rest.
+    pub clean_up_every: u64,
     /// Time between observations while a phase waits for the platform.
     pub observe_every: u64,
     /// Time between observations that count as proofs: long enough to be separate answers, short enough not to be waited for.
@@ -82,6 +89,10 @@ impl Default for Policy {
             backoff_max: 30 * SECOND,
             keep_containers: DAY,
             keep_images: 90 * DAY,
+            // Contract §6, UPGRADE_ACR_KEEP_IMAGES.
+            keep_builds: 3,
+            keep_logs: 50,
+            clean_up_every: DAY,
             observe_every: SECOND,
             prove_every: 250,
             observe_at_rest: 15 * SECOND,

@@ -197,6 +197,8 @@ pub trait LogStore: Send + Sync + fmt::Debug {
     async fn close(&self, writer: &LogWriter) -> Result<(), LogError>;
     /// At most `max` bytes from `from`; `None` where the log was never begun.
     async fn read(&self, id: &LogId, from: u64, max: usize) -> Result<Option<LogChunk>, LogError>;
+    /// Removes all logs but those of the `keep_jobs` jobs that began last, and says of how many jobs.
+    async fn prune(&self, keep_jobs: usize) -> Result<usize, LogError>;
     /// Returns when the log may have grown beyond `from`, was closed, or the store's own patience (at most 1 s) is over.
     async fn changed(&self, id: &LogId, from: u64) -> Result<(), LogError>;
 }
@@ -242,8 +244,8 @@ pub trait Source: Send + Sync + fmt::Debug {
     /// Clones the pinned commit for a job, or finds the tree that is already there. Never returns another commit: where the
     /// remote gives one, the fault is permanent and names both.
     async fn fetch(&self, job: &JobId, target: &Target, log: &dyn Log) -> Result<Tree, Fault>;
-    /// Removes a job's tree.
-    async fn discard(&self, job: &JobId) -> Result<(), Fault>;
+    /// Removes every job's tree but this one's.
+    async fn discard_all_but(&self, job: Option<&JobId>) -> Result<(), Fault>;
 }
 
 // --- Builder and registry --------------------------------------------------------------------------------------
@@ -316,8 +318,8 @@ pub trait Registry: Send + Sync + fmt::Debug {
     async fn resolve(&self, image: &ImageId) -> Result<Option<Stored>, Fault>;
     /// Puts a `replank-keep-…` tag on an image; done twice it is done.
     async fn protect(&self, image: &ImageId, installation: &InstallationId, name: &str) -> Result<(), Fault>;
-    /// Takes that tag away; an image without it is no error.
-    async fn release(&self, image: &ImageId, installation: &InstallationId, name: &str) -> Result<(), Fault>;
+    /// Takes every such tag of this installation away; an image without one is no error.
+    async fn release(&self, image: &ImageId, installation: &InstallationId) -> Result<(), Fault>;
     /// Images of one repository that carry this installation's label, with every tag on them.
     async fn list(&self, repository: &str, installation: &InstallationId) -> Result<Vec<(Stored, Vec<String>)>, Fault>;
     /// Deletes an image with all its tags. Refuses (permanent) an image that lacks the installation's label or carries a keep tag.

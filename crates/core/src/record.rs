@@ -5,7 +5,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::image::Images;
+use crate::image::{ImageId, Images};
 use crate::phase::{Mode, Phase};
 use crate::words::{
     AppName, CommitSha, ComponentName, ContainerName, Digest, IdempotencyKey, InstallationId, JobId, Millis, Nonce,
@@ -273,5 +273,12 @@ impl Record {
             updated_at: now,
             extra: BTreeMap::new(),
         }
+    }
+
+    /// Every image that something runs on or would return to, many of them more than once: what must not be deleted.
+    pub fn images(&self) -> impl Iterator<Item = &ImageId> {
+        let snapshot = self.snapshot.as_ref().map(|s| &s.deployment);
+        let deployments = [self.running.as_ref(), self.serving.as_ref(), snapshot];
+        deployments.into_iter().flatten().flat_map(|d| d.images.values()).chain(self.phase.images())
     }
 }

@@ -77,9 +77,10 @@ pub async fn controller(settings: &Settings, env: &Environment) -> anyhow::Resul
             ..DockerBuilderConfig::default()
         },
     )?;
-    let registry: Arc<dyn Registry> = match &settings.registry {
-        Some(r) if r.push => Arc::new(OciRegistry::new(registries.clone())?),
-        Some(_) | None => Arc::new(EngineRegistry::new(Engine::connect(socket)?)),
+    let engine: Arc<dyn Registry> = Arc::new(EngineRegistry::new(Engine::connect(socket)?));
+    let (registry, local_images): (Arc<dyn Registry>, _) = match &settings.registry {
+        Some(r) if r.push => (Arc::new(OciRegistry::new(registries.clone())?), Some(engine)),
+        Some(_) | None => (engine, None),
     };
     let vantage = match &me {
         ControllerId::Host => Vantage::Host,
@@ -96,6 +97,7 @@ pub async fn controller(settings: &Settings, env: &Environment) -> anyhow::Resul
         source: source.clone().map(|s| s as Arc<dyn replank_core::ports::Source>),
         builder: Arc::new(builder),
         registry,
+        local_images,
         platform: Some(docker.clone()),
     };
     let setup = Arc::new(Setup {

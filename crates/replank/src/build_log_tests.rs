@@ -75,6 +75,10 @@ impl LogStore for Flaky {
         self.inner.read(id, from, max).await
     }
 
+    async fn prune(&self, keep_jobs: usize) -> Result<usize, LogError> {
+        self.inner.prune(keep_jobs).await
+    }
+
     async fn changed(&self, id: &LogId, from: u64) -> Result<(), LogError> {
         self.inner.changed(id, from).await
     }

@@ -95,26 +95,6 @@ impl SqliteLogs {
     ) -> Result<T, LogError> {
         self.store.call(move |connection| read(connection, body)).await
     }
-
-    /// Removes all logs but those of the `keep_jobs` jobs that began last, and says of how many jobs. Each job is a
-    /// transaction of its own, so that nobody waits long.
-    pub async fn prune_logs(&self, keep_jobs: usize) -> Result<usize, LogError> {
-        let keep = int(keep_jobs as u64);
-        let jobs: Vec<String> = self
-            .read_tx(move |tx| {
-                let mut select =
-                    tx.prepare("SELECT job FROM log GROUP BY job ORDER BY max(id) DESC LIMIT -1 OFFSET ?1")?;
-                let jobs = select.query_map([keep], |row| row.get(0))?;
-                Ok(jobs.collect::<Result<_, _>>()?)
-            })
-            .await?;
-        for job in &jobs {
-            let job = job.clone();
-            // The chunks go with their log (ON DELETE CASCADE).
-            self.write(move |tx| Ok(tx.execute("DELETE FROM log WHERE job = ?1", [job])?)).await?;
-        }
-        Ok(jobs.len())
-    }
 }
 
 #[async_trait]
@@ -191,6 +171,25 @@ impl LogStore for SqliteLogs {
             Ok(Some(LogChunk { bytes, next, closed: row.closed && next >= uint(row.length) }))
         })
         .await
+    }
+
+    /// Each job is a transaction of its own, so that nobody waits long.
+    async fn prune(&self, keep_jobs: usize) -> Result<usize, LogError> {
+        let keep = int(keep_jobs as u64);
+        let jobs: Vec<String> = self
+            .read_tx(move |tx| {
+                let mut select =
+                    tx.prepare("SELECT job FROM log GROUP BY job ORDER BY max(id) DESC LIMIT -1 OFFSET ?1")?;
+                let jobs = select.query_map([keep], |row| row.get(0))?;
+                Ok(jobs.collect::<Result<_, _>>()?)
+            })
+            .await?;
+        for job in &jobs {
+            let job = job.clone();
+            // The chunks go with their log (ON DELETE CASCADE).
+            self.write(move |tx| Ok(tx.execute("DELETE FROM log WHERE job = ?1", [job])?)).await?;
+        }
+        Ok(jobs.len())
     }
 
     async fn changed(&self, id: &LogId, from: u64) -> Result<(), LogError> {

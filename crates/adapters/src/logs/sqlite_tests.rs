@@ -33,8 +33,8 @@ async fn pruning_keeps_the_jobs_that_began_last() {
         }
     }
     let mut old = logs.begin(&id("job1", "api"), b"again\n").await.expect("begin");
-    assert_eq!(logs.prune_logs(3).await.expect("prune"), 0);
-    assert_eq!(logs.prune_logs(1).await.expect("prune"), 2);
+    assert_eq!(logs.prune(3).await.expect("prune"), 0);
+    assert_eq!(logs.prune(1).await.expect("prune"), 2);
     assert_eq!(whole(&logs, &id("job1", "api")).await, None);
     assert_eq!(whole(&logs, &id("job3", "web")).await, Some((b"begin\nline\n".to_vec(), false)));
     assert!(matches!(logs.append(&mut old, b"late\n").await, Err(LogError::Fenced)));

@@ -12,7 +12,7 @@ use replank_core::image::ImageId;
 use replank_core::ports::{Registry, Stored};
 use replank_core::words::{Digest, InstallationId, Millis};
 
-use super::{foreign, keep_tag, protected};
+use super::{foreign, keep_prefix, keep_tag, protected};
 use crate::engine::{Engine, classify, is_missing};
 use crate::labels::{INSTALLATION, KEEP_TAG, KEY};
 
@@ -91,22 +91,23 @@ impl Registry for EngineRegistry {
         self.tag(&image.reference(), repository, &keep_tag(installation, name, id)).await
     }
 
-    async fn release(&self, image: &ImageId, installation: &InstallationId, name: &str) -> Result<(), Fault> {
-        let (repository, id) = home(image)?;
-        let kept = format!("{repository}:{}", keep_tag(installation, name, id));
+    async fn release(&self, image: &ImageId, installation: &InstallationId) -> Result<(), Fault> {
         let Some(found) = self.inspect(&image.reference()).await? else { return Ok(()) };
-        let tags = found.repo_tags.unwrap_or_default();
-        if !tags.contains(&kept) {
-            return Ok(());
-        }
+        let ours = keep_prefix(installation);
+        let is_ours = |reference: &String| split(reference).is_some_and(|(_, tag)| tag.starts_with(&ours));
+        let (kept, others): (Vec<_>, Vec<_>) = found.repo_tags.unwrap_or_default().into_iter().partition(is_ours);
         // The engine deletes an image with its last tag; releasing is not deleting.
-        if tags.len() == 1
+        if !kept.is_empty()
+            && others.is_empty()
             && let ImageId::Engine { name, .. } = image
             && let Some((repository, tag)) = split(name)
         {
             self.tag(&image.reference(), repository, tag).await?;
         }
-        self.untag(&kept).await
+        for reference in &kept {
+            self.untag(reference).await?;
+        }
+        Ok(())
     }
 
     async fn list(&self, repository: &str, installation: &InstallationId) -> Result<Vec<(Stored, Vec<String>)>, Fault> {
@@ -130,7 +131,8 @@ impl Registry for EngineRegistry {
                 .iter()
                 .find(|r| built_as.as_ref().is_some_and(|end| r.ends_with(end.as_str())))
                 .or(references.first());
-            let Some(name) = name.cloned() else { continue };
+            // What was pulled by its digest has no tag.
+            let name = name.map_or(repository, String::as_str).to_owned();
             let tags = references.iter().filter_map(|r| split(r)).map(|(_, tag)| tag.to_owned()).collect();
             let created_at = Some(Millis(image.created.saturating_mul(1_000)));
             list.push((Stored { image: ImageId::Engine { id, name }, created_at, labels }, tags));

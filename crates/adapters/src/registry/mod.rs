@@ -14,19 +14,29 @@ use sha2::{Digest as _, Sha256};
 
 use crate::labels::KEEP_TAG;
 
+/// How every keep tag of one installation begins.
+fn keep_prefix(installation: &InstallationId) -> String {
+    format!("{KEEP_TAG}{}-", short(&[installation.as_str()], 4))
+}
+
 /// The tag that protects one image under one name. The image's own digest is part of it, so that no two images ever
 /// contend for a tag; the parts are hashed, since names may hold what tags may not.
 pub(crate) fn keep_tag(installation: &InstallationId, name: &str, image: &Digest) -> String {
-    let mut hash = Sha256::new();
-    for part in [installation.as_str(), name, image.as_str()] {
-        hash.update((part.len() as u64).to_be_bytes());
-        hash.update(part.as_bytes());
-    }
-    let short: String = hash.finalize().iter().take(8).map(|b| format!("{b:02x}")).collect();
+    let unique = short(&[name, image.as_str()], 8);
     // For people: as much of the name as is good in a tag.
     let readable: String =
         name.chars().filter(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-')).take(40).collect();
-    format!("{KEEP_TAG}{readable}-{short}")
+    format!("{}{readable}-{unique}", keep_prefix(installation))
+}
+
+/// The first `bytes` bytes of the hash over all parts, in hex.
+fn short(parts: &[&str], bytes: usize) -> String {
+    let mut hash = Sha256::new();
+    for part in parts {
+        hash.update((part.len() as u64).to_be_bytes());
+        hash.update(part.as_bytes());
+    }
+    hash.finalize().iter().take(bytes).map(|b| format!("{b:02x}")).collect()
 }
 
 fn foreign(image: &dyn std::fmt::Display) -> Fault {

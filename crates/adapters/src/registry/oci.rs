@@ -9,7 +9,7 @@ use replank_core::image::ImageId;
 use replank_core::ports::{Registry, Stored};
 use replank_core::words::{Digest, InstallationId};
 
-use super::{foreign, keep_tag, protected};
+use super::{foreign, keep_prefix, keep_tag, protected};
 use crate::labels::{INSTALLATION, KEEP_TAG};
 use crate::oci::{DOCKER_MANIFEST, OciClient, OciConfig};
 
@@ -60,6 +60,32 @@ impl OciRegistry {
     }
 }
 
+impl OciRegistry {
+    /// Takes one tag away and leaves its manifest.
+    async fn untag(&self, repository: &str, tag: &str) -> Result<(), Fault> {
+        if self.client.delete_tag(repository, tag).await?.is_some() {
+            return Ok(());
+        }
+        // This registry deletes manifests only, and with one every tag on it. So the tag is moved to a manifest of its own
+        // first, which is deleted then. Where even that is forbidden, the image is released all the same.
+        let config = format!("{{\"architecture\":\"none\",\"os\":\"none\",\"replank\":\"{tag}\"}}");
+        let blob = self.client.put_blob(repository, config.as_bytes()).await?;
+        let manifest = serde_json::json!({
+            "schemaVersion": 2,
+            "mediaType": DOCKER_MANIFEST,
+            "config": {
+                "mediaType": "application/vnd.docker.container.image.v1+json",
+                "size": config.len(),
+                "digest": blob,
+            },
+            "layers": [],
+        })
+        .to_string();
+        self.client.put_manifest(repository, tag, DOCKER_MANIFEST, manifest.as_bytes()).await?;
+        self.client.delete_manifest(repository, &Digest::of(manifest.as_bytes())).await.map(drop)
+    }
+}
+
 #[async_trait]
 impl Registry for OciRegistry {
     async fn resolve(&self, image: &ImageId) -> Result<Option<Stored>, Fault> {
@@ -82,32 +108,15 @@ impl Registry for OciRegistry {
         self.client.put_manifest(repository, &tag, &manifest.media_type, &manifest.bytes).await
     }
 
-    async fn release(&self, image: &ImageId, installation: &InstallationId, name: &str) -> Result<(), Fault> {
+    async fn release(&self, image: &ImageId, installation: &InstallationId) -> Result<(), Fault> {
         let (repository, digest) = place(image)?;
-        let tag = keep_tag(installation, name, digest);
-        if self.client.head(repository, &tag).await?.is_none() {
-            return Ok(());
+        let ours = keep_prefix(installation);
+        for tag in self.by_digest(repository).await?.remove(digest).unwrap_or_default() {
+            if tag.starts_with(&ours) {
+                self.untag(repository, &tag).await?;
+            }
         }
-        if self.client.delete_tag(repository, &tag).await?.is_some() {
-            return Ok(());
-        }
-        // This registry deletes manifests only, and with one every tag on it. So the tag is moved to a manifest of its own
-        // first, which is deleted then. Where even that is forbidden, the image is released all the same.
-        let config = format!("{{\"architecture\":\"none\",\"os\":\"none\",\"replank\":\"{tag}\"}}");
-        let blob = self.client.put_blob(repository, config.as_bytes()).await?;
-        let manifest = serde_json::json!({
-            "schemaVersion": 2,
-            "mediaType": DOCKER_MANIFEST,
-            "config": {
-                "mediaType": "application/vnd.docker.container.image.v1+json",
-                "size": config.len(),
-                "digest": blob,
-            },
-            "layers": [],
-        })
-        .to_string();
-        self.client.put_manifest(repository, &tag, DOCKER_MANIFEST, manifest.as_bytes()).await?;
-        self.client.delete_manifest(repository, &replank_core::words::Digest::of(manifest.as_bytes())).await.map(drop)
+        Ok(())
     }
 
     async fn list(&self, repository: &str, installation: &InstallationId) -> Result<Vec<(Stored, Vec<String>)>, Fault> {

@@ -96,7 +96,7 @@ async fn conforms(registry: &dyn Registry, world: &World) {
         ImageId::Engine { name, .. } => ImageId::Engine { id: none, name: name.clone() },
     };
     assert!(registry.resolve(&missing).await.expect("resolve").is_none());
-    registry.release(&missing, &us, "x").await.expect("nothing to release");
+    registry.release(&missing, &us).await.expect("nothing to release");
     registry.delete(&missing, &us).await.expect("nothing to delete");
     assert!(registry.protect(&missing, &us, "x").await.is_err());
 
@@ -118,12 +118,14 @@ async fn conforms(registry: &dyn Registry, world: &World) {
     assert_eq!(keeps(&registry.list(&world.repository, &us).await.expect("list")), 2);
     let refused = registry.delete(first, &us).await.expect_err("protected");
     assert_eq!(refused.class, Class::Permanent);
+    let them = installation("b");
+    registry.protect(first, &them, "other").await.expect("protect");
     for _ in 0..2 {
-        registry.release(first, &us, "snapshot/old one").await.expect("release");
+        registry.release(first, &us).await.expect("release");
+        assert_eq!(keeps(&registry.list(&world.repository, &us).await.expect("list")), 1);
     }
-    assert_eq!(keeps(&registry.list(&world.repository, &us).await.expect("list")), 1);
-    assert!(registry.delete(first, &us).await.is_err(), "still protected under the other name");
-    registry.release(first, &us, "other").await.expect("release");
+    assert!(registry.delete(first, &us).await.is_err(), "still protected by another installation");
+    registry.release(first, &them).await.expect("release");
     assert!(registry.resolve(first).await.expect("resolve").is_some(), "releasing is not deleting");
 
     assert_eq!(registry.delete(&world.foreign, &us).await.expect_err("foreign").class, Class::Permanent);

@@ -63,8 +63,11 @@ pub async fn check(source: &dyn Source, world: &World) -> Result<(), String> {
             ensure!(told.contains(commit.as_str()) && told.contains(other.as_str()), "both commits are named: {told}");
         }
     }
-    source.discard(&first).await.map_err(|e| format!("discard: {}", e.chain()))?;
-    ensure!(!tree.path.exists(), "a discarded tree is gone");
-    source.discard(&first).await.map_err(|e| format!("discard twice: {}", e.chain()))?;
+    source.discard_all_but(Some(&first)).await.map_err(|e| format!("discard others: {}", e.chain()))?;
+    ensure!(read()? == world.file.1, "the tree that is wanted stays");
+    for _ in 0..2 {
+        source.discard_all_but(None).await.map_err(|e| format!("discard: {}", e.chain()))?;
+        ensure!(!tree.path.exists(), "a discarded tree is gone");
+    }
     Ok(())
 }

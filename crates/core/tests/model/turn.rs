@@ -54,6 +54,7 @@ fn local(config: &Config, world: &mut World, record: &Record, action: &Action) -
             world.protected = true;
             Outcome::Prepared(Box::new(Prepared { plan: plan(config), escape_hatch: vec![], reads_format: Some(2) }))
         }
+        Action::CleanUp => Outcome::CleanedUp,
         Action::Change { .. } => unreachable!("a change is no local step"),
     }
 }
@@ -63,6 +64,7 @@ fn local_task(record: &Record, action: &Action) -> TaskId {
         Action::Fetch => ("fetch".to_owned(), 1),
         Action::Build { component, attempt, .. } => (format!("build-{component}"), *attempt),
         Action::Prepare => ("prepare".to_owned(), 1),
+        Action::CleanUp => ("clean-up".to_owned(), 1),
         Action::Change { task, .. } => return task.clone(),
     };
     TaskId { job: record.job.as_ref().unwrap().id.to_string(), step, attempt }
@@ -85,7 +87,7 @@ fn few_times(event: &mut Event) {
     match event {
         Event::Converged { deadline } => *deadline = Millis(300_000),
         Event::Prepared { way_back: WayBack::Snapshot(s), .. } => {
-            (s.taken_at, s.keep_until, s.proved_at) = (Millis(0), Millis(0), Millis(0))
+            (s.taken_at, s.keep_until, s.proved_at) = (Millis(0), Millis(i64::MAX), Millis(0))
         }
         _ => {}
     }
@@ -161,6 +163,11 @@ pub fn think(config: &Config, world: &mut World, id: &RevisionId, how: Local) ->
                     Ended::Well { outcome, at: now }
                 };
                 tasks.ended.insert(task, ended);
+            }
+            // It touches nothing that a record speaks of, so that only the decision after it matters here.
+            Decision::Act(action @ Action::CleanUp) => {
+                let outcome = local(config, world, &record, &action);
+                tasks.ended.insert(local_task(&record, &action), Ended::Well { outcome, at: now });
             }
             other => break other,
         }

@@ -72,7 +72,13 @@ pub fn deployment(id: &str, minor: u64) -> Deployment {
 }
 
 pub fn snapshot_of(deployment: Deployment) -> Snapshot {
-    Snapshot { deployment, taken_at: Millis(0), keep_until: Millis(1), proved_at: Millis(0), extra: BTreeMap::new() }
+    Snapshot {
+        deployment,
+        taken_at: Millis(0),
+        keep_until: Millis(90 * 24 * 3_600 * 1_000),
+        proved_at: Millis(0),
+        extra: BTreeMap::new(),
+    }
 }
 
 /// An application whose version 0.1.0 runs and is driven by its own controller.

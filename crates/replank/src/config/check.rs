@@ -22,6 +22,7 @@ const VALIDATING_MIN_SECONDS: u64 = 60;
 const SECONDS_MAX: u64 = 7 * 24 * 3_600;
 /// Ten years; more is a unit mistaken.
 const KEEP_DAYS_MAX: u64 = 3_650;
+const KEEP_COUNT_MAX: usize = 10_000;
 const PARALLEL_MAX: u32 = 32;
 /// Least memory that any real build gets by with.
 const MEMORY_MIN: u64 = 64 * 1024 * 1024;
@@ -438,6 +439,15 @@ fn policy(
             );
         }
         policy.keep_images = days.saturating_mul(24 * 3_600_000);
+    }
+    for (key, given, into) in
+        [("keep_builds", raw.keep_builds, &mut policy.keep_builds), ("keep_logs", raw.keep_logs, &mut policy.keep_logs)]
+    {
+        let Some(count) = given else { continue };
+        if !(1..=KEEP_COUNT_MAX).contains(&count) {
+            doc.problem(&["policy", key], "this is out of range", format!("choose 1 to {KEEP_COUNT_MAX}"));
+        }
+        *into = count;
     }
     let mode = match env.get("STRICT_BLUEGREEN") {
         Some(text) if is_true(text) => Mode::BlueGreen,

@@ -160,6 +160,8 @@ pub struct Policy {
     pub proofs: Option<u32>,
     pub keep_containers_hours: Option<u64>,
     pub keep_images_days: Option<u64>,
+    pub keep_builds: Option<usize>,
+    pub keep_logs: Option<usize>,
     #[serde(default)]
     pub budgets: Budgets,
 }

@@ -19,12 +19,12 @@ use crate::build_log::{Begin, BuildLog};
 
 #[derive(Debug)]
 pub(super) struct Executor {
-    ports: Ports,
-    setup: Arc<Setup>,
+    pub(super) ports: Ports,
+    pub(super) setup: Arc<Setup>,
     shared: Arc<Shared>,
     results: mpsc::Sender<(TaskId, Ended)>,
     /// The tree of the job that is being built; builds of several components fetch it once.
-    tree: Mutex<Option<(JobId, Tree)>>,
+    pub(super) tree: Mutex<Option<(JobId, Tree)>>,
 }
 
 impl Executor {
@@ -80,12 +80,16 @@ impl Executor {
                 self.platform()?.change(&change).await?;
                 Ok(Outcome::Changed)
             }
+            Action::CleanUp => {
+                self.clean_up(record).await;
+                Ok(Outcome::CleanedUp)
+            }
         }
     }
 
     /// A process that was paused between deciding and acting must not act on what it knew then: the shorter that gap, the
     /// less a successor has to undo.
-    async fn still_mine(&self, decided_on: &Record) -> Result<(), Fault> {
+    pub(super) async fn still_mine(&self, decided_on: &Record) -> Result<(), Fault> {
         let now = self.ports.ledger.load().await;
         let now = now.map_err(|e| Fault::transient("the ledger could not be asked before a change").because(e))?;
         let same = now.is_some_and(|(now, _)| {
@@ -104,9 +108,8 @@ impl Executor {
         {
             return Ok(tree.clone());
         }
-        if let Some((old, _)) = held.take() {
-            source.discard(&old).await?;
-        }
+        *held = None;
+        source.discard_all_but(Some(&job.id)).await?;
         let tree = source.fetch(&job.id, &job.target, &NoLog).await?;
         *held = Some((job.id.clone(), tree.clone()));
         Ok(tree)

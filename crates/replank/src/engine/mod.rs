@@ -2,6 +2,7 @@
 
 pub mod api;
 mod candidates;
+mod clean_up;
 mod commands;
 mod execute;
 mod reconcile;

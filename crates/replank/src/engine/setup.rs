@@ -25,6 +25,8 @@ pub struct Ports {
     pub source: Option<Arc<dyn Source>>,
     pub builder: Arc<dyn Builder>,
     pub registry: Arc<dyn Registry>,
+    /// The copies that builds and pulls leave on this machine, where the registry is another place.
+    pub local_images: Option<Arc<dyn Registry>>,
     /// Absent for build-only services.
     pub platform: Option<Arc<dyn Platform>>,
 }

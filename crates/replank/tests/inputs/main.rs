@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod builds;
+mod clean_up;
 mod config;
 mod disk;
 mod ledger;

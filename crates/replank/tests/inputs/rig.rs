@@ -28,6 +28,8 @@ pub const DOCKERFILE: &str =
 #[derive(Default)]
 pub struct Options {
     pub engine: EngineOptions,
+    /// More lines of `[policy]`.
+    pub policy: &'static str,
     /// Lines of `[policy.budgets]`.
     pub budgets: &'static str,
     /// More lines of `[source]` and `[components.app]`, and whole tables.
@@ -93,7 +95,7 @@ impl Rig {
         let config = format!(
             "application = \"inputs\"\n\n[source]\nremote = \"{}\"\nallow_loopback = true\n{}\n\n\
              [server]\nlisten = \"127.0.0.1:{upgrade}\"\n\n[docker]\nsocket = \"{}\"\n\n\
-             [policy]\nmode = \"single\"\nproofs = 2\n\n[policy.budgets]\n{}\n\n\
+             [policy]\nmode = \"single\"\nproofs = 2\n{}\n\n[policy.budgets]\n{}\n\n\
              [components.app]\ndockerfile = \"app/Dockerfile\"\ncontext = \"app\"\n{}\n\n\
              [containers.app]\ncomponent = \"app\"\nstop_grace_seconds = 1\n\
              probe = {{ port = 8080, path = \"/version\", version = {{ pattern = \"version={{version}};\" }} }}\n\n\
@@ -101,6 +103,7 @@ impl Rig {
             git.url("app"),
             options.source,
             engine.socket().display(),
+            options.policy,
             options.budgets,
             options.component,
             options.tables,

@@ -50,6 +50,23 @@ pub(super) fn remove(path: &Path) -> Result<(), Fault> {
     }
 }
 
+/// Every job's directory but this one's.
+pub(super) fn remove_all_but(work_dir: &Path, keep: Option<&JobId>) -> Result<(), Fault> {
+    let entries = match fs::read_dir(work_dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(disk("old trees cannot be looked for", work_dir, e)),
+    };
+    for entry in entries {
+        let entry = entry.map_err(|e| disk("old trees cannot be looked for", work_dir, e))?;
+        let is_job = entry.file_name().to_str().is_some_and(|name| JobId::new(name).is_ok());
+        if is_job && keep.is_none_or(|keep| entry.file_name() != keep.as_str()) {
+            remove(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
 fn disk(what: &str, path: &Path, error: io::Error) -> Fault {
     Fault::transient(format!("{what} ({})", path.display()))
         .advice("check the work directory's permissions and free space")

@@ -195,10 +195,10 @@ impl Source for GitSource {
         clone::Fetch { source: self, job, target, log }.go().await
     }
 
-    async fn discard(&self, job: &JobId) -> Result<(), Fault> {
-        let path = self.work_dir.join(job.as_str());
-        let done = tokio::task::spawn_blocking(move || clone::remove(&path)).await;
-        done.unwrap_or_else(|e| Err(Fault::transient("a job's tree could not be removed").because(e)))
+    async fn discard_all_but(&self, job: Option<&JobId>) -> Result<(), Fault> {
+        let (work_dir, keep) = (self.work_dir.clone(), job.cloned());
+        let done = tokio::task::spawn_blocking(move || clone::remove_all_but(&work_dir, keep.as_ref())).await;
+        done.unwrap_or_else(|e| Err(Fault::transient("old trees could not be removed").because(e)))
     }
 }
 

@@ -3,218 +3,25 @@
 //! It is called again after every change of anything. It keeps nothing between calls, so that the first call of a successor
 //! is as good as the hundredth of its predecessor.
 
+mod resting;
+mod streaks;
+mod task;
+
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
+use task::{FETCH, PREPARE, build_step, job_of};
+
+pub use streaks::{Streak, Streaks};
+pub use task::{Action, Ended, Outcome, Prepared, TaskId, Tasks};
 
 use crate::fault::{Class, Told};
-use crate::phase::{Building, Built, Confirming, Fetched, Mode, Op, Phase, Swap, WayBack};
+use crate::phase::{Building, Confirming, Mode, Op, Phase, Swap, WayBack};
 use crate::policy::Policy;
-use crate::ports::{Ask, Change, Observation, Presence, Probed, RevisionSeen, Running};
-use crate::record::{ControllerId, Deployment, Job, OnRolloutFailure, Overlap, Plan, Record, Snapshot};
+use crate::ports::{Ask, Change, Observation, Presence, RevisionSeen};
+use crate::record::{ControllerId, Deployment, Job, OnRolloutFailure, Record, Snapshot};
 use crate::swap::{Fit, Stage, Step, advance, fit, hand_over};
 use crate::transition::Event;
-use crate::words::{ComponentName, Millis, OpKey, RevisionId};
-
-/// One thing to carry out in the world.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum Action {
-    Fetch,
-    Build {
-        component: ComponentName,
-        attempt: u32,
-        key: OpKey,
-    },
-    /// Plan the new revision, and resolve, prove and protect the images of the way back.
-    Prepare,
-    Change {
-        task: TaskId,
-        change: Change,
-    },
-}
-
-impl Action {
-    /// The name of this action for the record that it was decided on.
-    pub fn task(&self, record: &Record) -> TaskId {
-        let named = |step: String, attempt| TaskId { job: job_of(record), step, attempt };
-        match self {
-            Self::Fetch => named(FETCH.to_owned(), 1),
-            Self::Build { component, attempt, .. } => named(build_step(component), *attempt),
-            Self::Prepare => named(PREPARE.to_owned(), 1),
-            Self::Change { task, .. } => task.clone(),
-        }
-    }
-}
-
-const FETCH: &str = "fetch";
-const PREPARE: &str = "prepare";
-
-fn build_step(component: &ComponentName) -> String {
-    format!("build-{component}")
-}
-
-fn job_of(record: &Record) -> String {
-    record.job.as_ref().map(|j| j.id.to_string()).unwrap_or_default()
-}
-
-/// What an action is called while it runs: one job's step, and its attempt. Two actions with one name are one action.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct TaskId {
-    pub job: String,
-    pub step: String,
-    pub attempt: u32,
-}
-
-/// What came of an action.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome {
-    Fetched(Fetched),
-    Built(Built),
-    Prepared(Box<Prepared>),
-    Changed,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Prepared {
-    pub plan: Plan,
-    /// Commands that put the old version back by hand.
-    pub escape_hatch: Vec<String>,
-    /// Format that the new controller's image reads, where it says so; `None` without a controller.
-    pub reads_format: Option<u32>,
-}
-
-/// A task that ended. Failures carry how often it was tried, for the backoff.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Ended {
-    Well { outcome: Outcome, at: Millis },
-    Badly { told: Told, tries: u32, at: Millis },
-}
-
-/// The tasks of this process: what runs, and what ended since. A restarted process has none, and that is enough.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Tasks {
-    pub running: std::collections::BTreeSet<TaskId>,
-    pub ended: BTreeMap<TaskId, Ended>,
-}
-
-/// Observations in a row, kept by the loop between turns.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
-pub struct Streaks {
-    direct: BTreeMap<RevisionId, Streak>,
-    /// The same, by those containers alone that may overlap: what a side that made room for another still has.
-    warm: BTreeMap<RevisionId, Streak>,
-    through: BTreeMap<RevisionId, Streak>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
-pub struct Streak {
-    pub passed: u32,
-    pub failed: u32,
-    pub last: String,
-    /// When the last counted look was.
-    at: Option<Millis>,
-}
-
-impl Streak {
-    /// Counting stops where it no longer matters.
-    const ENOUGH: u32 = 1_000;
-
-    /// Looks that come closer together than the policy's spacing count as one: three within a millisecond prove no more
-    /// than one does, and condemn no more.
-    fn see(&mut self, probed: &Probed, at: Millis, policy: &Policy) {
-        let since = self.at.map(|last| at.since(last));
-        match probed {
-            Probed::NotAsked => {}
-            Probed::Passed => {
-                if self.passed == 0 || since.is_none_or(|gap| gap >= policy.prove_every) {
-                    self.passed = (self.passed + 1).min(Self::ENOUGH);
-                    self.at = Some(at);
-                }
-                self.failed = 0;
-                self.last.clear();
-            }
-            Probed::Failed(why) => {
-                if self.failed == 0 || since.is_none_or(|gap| gap >= policy.observe_every) {
-                    self.failed = (self.failed + 1).min(Self::ENOUGH);
-                    self.at = Some(at);
-                }
-                self.passed = 0;
-                self.last.clone_from(why);
-            }
-        }
-    }
-}
-
-impl Streaks {
-    /// Counts one observation that was made for `ask`.
-    pub fn see(&mut self, ask: &Ask, seen: &Observation, policy: &Policy) {
-        let asked = |id: &RevisionId| ask.direct.iter().any(|d| d.revision == *id);
-        // A streak means consecutive looks: what was not looked at starts over.
-        self.direct.retain(|id, _| asked(id));
-        self.warm.retain(|id, _| asked(id));
-        for deployment in &ask.direct {
-            let id = &deployment.revision;
-            let probed = |fit| match (fit, seen.revisions.get(id)) {
-                (Fit::Up, Some(revision)) => revision.probed.clone(),
-                (Fit::Up, None) => Probed::NotAsked,
-                (Fit::NotYet(why) | Fit::Crashed(why) | Fit::Foreign(why), _) => Probed::Failed(why),
-            };
-            let early = probed(fit(seen, deployment, deployment.plan.early()));
-            self.direct.entry(id.clone()).or_default().see(&early, seen.at, policy);
-            let allowed = deployment.plan.with_overlap(Overlap::Allowed);
-            let warm = probed(fit(seen, deployment, allowed));
-            self.warm.entry(id.clone()).or_default().see(&warm, seen.at, policy);
-        }
-        let through = ask.through.as_ref().map(|d| &d.revision);
-        self.through.retain(|id, _| Some(id) == through);
-        if let Some(id) = through {
-            let probed = match &seen.traffic.revision {
-                Some(serving) if serving == id => seen.traffic.probed.clone(),
-                Some(other) => Probed::Failed(format!("traffic still goes to revision {other}")),
-                None => Probed::Failed("traffic goes nowhere".to_owned()),
-            };
-            self.through.entry(id.clone()).or_default().see(&probed, seen.at, policy);
-        }
-    }
-
-    pub fn proved(&self, d: &Deployment, proofs: u32) -> bool {
-        self.direct.get(&d.revision).is_some_and(|s| s.passed >= proofs)
-    }
-
-    /// Answers well enough to take the traffic back, whatever else of it had to make room.
-    pub fn warm(&self, d: &Deployment, proofs: u32) -> bool {
-        self.warm.get(&d.revision).is_some_and(|s| s.passed >= proofs)
-    }
-
-    pub fn through_proved(&self, d: &Deployment, proofs: u32) -> bool {
-        self.through.get(&d.revision).is_some_and(|s| s.passed >= proofs)
-    }
-
-    pub fn why(&self, d: &Deployment) -> String {
-        why(self.direct.get(&d.revision), "the new revision's probes")
-    }
-
-    pub fn why_through(&self, d: &Deployment) -> String {
-        why(self.through.get(&d.revision), "probes through the public way in")
-    }
-
-    /// The reason, when a revision was bad often enough in a row.
-    pub fn degraded(&self, d: &Deployment, after: u32) -> Option<String> {
-        [self.direct.get(&d.revision), self.through.get(&d.revision)]
-            .into_iter()
-            .flatten()
-            .find(|s| s.failed >= after)
-            .map(|s| s.last.clone())
-    }
-}
-
-fn why(streak: Option<&Streak>, what: &str) -> String {
-    match streak {
-        Some(s) if s.failed > 0 => format!("{what} fail: {}", s.last),
-        Some(s) => format!("{what} answered {} in a row", s.passed),
-        None => format!("{what} were not asked yet"),
-    }
-}
+use crate::words::{Millis, OpKey, RevisionId};
 
 /// Everything a decision may depend on.
 #[derive(Debug, Clone, Copy)]
@@ -377,7 +184,7 @@ pub fn decide(view: &View<'_>) -> Decision {
         (Phase::Fetching, Some(_)) => {
             let done = |outcome: &Outcome| match outcome {
                 Outcome::Fetched(fetched) => Some(Event::Fetched(fetched.clone())),
-                Outcome::Built(_) | Outcome::Prepared(_) | Outcome::Changed => None,
+                Outcome::Built(_) | Outcome::Prepared(_) | Outcome::Changed | Outcome::CleanedUp => None,
             };
             run(view, FETCH, Action::Fetch, view.policy.budgets.fetching, view.record.entered_at, done)
         }
@@ -385,7 +192,7 @@ pub fn decide(view: &View<'_>) -> Decision {
         (Phase::Patching(patching), Some(job)) => {
             let done = |outcome: &Outcome| match outcome {
                 Outcome::Prepared(prepared) => Some(prepared_event(view, job, &patching.images, prepared)),
-                Outcome::Fetched(_) | Outcome::Built(_) | Outcome::Changed => None,
+                Outcome::Fetched(_) | Outcome::Built(_) | Outcome::Changed | Outcome::CleanedUp => None,
             };
             run(view, PREPARE, Action::Prepare, view.policy.budgets.patching, view.record.entered_at, done)
         }
@@ -417,7 +224,7 @@ pub fn decide(view: &View<'_>) -> Decision {
             | Phase::RolledBack { .. }
             | Phase::RollbackFailed { .. },
             _,
-        ) => decide_resting(view),
+        ) => resting::decide(view),
     }
 }
 
@@ -733,152 +540,4 @@ fn decide_confirming(view: &View<'_>, confirming: &Confirming) -> Decision {
 /// The last look of the confirm window must be a good one.
 fn still_well(view: &View<'_>, swap: &Swap) -> bool {
     view.streaks.proved(&swap.to, view.policy.proofs) && view.streaks.through_proved(&swap.to, view.policy.proofs)
-}
-
-/// Between jobs: put right what a late effect changed, and retire what nobody needs any more.
-fn decide_resting(view: &View<'_>) -> Decision {
-    let record = view.record;
-    let rest =
-        |why: &str| Decision::Wait { until: Some(view.now.plus(view.policy.observe_at_rest)), why: why.to_owned() };
-    let (Some(serving), Some(seen)) = (&record.serving, view.observation) else {
-        return rest("at rest");
-    };
-    let as_decision = |step: Step| match step {
-        Step::Record(event) => Decision::Record(event),
-        Step::Act(action) => Decision::Act(action),
-        Step::Wait(why) | Step::Proving(why) | Step::Doing(why) => look_again(view, why),
-        Step::Failed(told) => rest(&told.what),
-        Step::Reached => rest("at rest"),
-    };
-
-    // A dead driver's change of traffic that arrived late is undone, under a generation that refuses it from then on.
-    let traffic = &seen.traffic;
-    if traffic.revision.is_some() && traffic.revision.as_ref() != Some(&serving.revision) {
-        if record.generation <= traffic.generation {
-            let why = "traffic was seen elsewhere than recorded".to_owned();
-            return Decision::Record(Event::RepairIntended { why });
-        }
-        let change = Change::Shift { to: serving.clone(), generation: record.generation, fallback: None };
-        let attempt = u32::try_from(record.generation).unwrap_or(u32::MAX);
-        return as_decision(view.act("repair-traffic", attempt, change));
-    }
-    let is_proved = record.running.as_ref().is_some_and(|r| r.revision == serving.revision);
-    // What serves without proof stays beside what was proved last, also where a later job failed before it touched anything:
-    // the proved one is all that returns after a reboot.
-    let held = !is_proved || matches!(record.phase, Phase::FailedRollout { .. } | Phase::RollbackFailed { .. });
-    if held {
-        if let Some(step) = one_of_each(view, serving, seen) {
-            return as_decision(step);
-        }
-        return rest("held as it stands until an operator decides");
-    }
-    // A late stop takes the reboot policy away; an operator's own stop does not, and is left alone.
-    let settled = seen.revisions.get(&serving.revision).is_some_and(|r| r.returns_alone);
-    if !settled {
-        if fit(seen, serving, serving.plan.containers.keys()) != Fit::Up {
-            let containers = serving.plan.containers.keys().cloned().collect();
-            return as_decision(view.act("repair-start", 1, Change::Start { deployment: serving.clone(), containers }));
-        }
-        if record.generation <= traffic.generation {
-            let why = "the serving revision would not return after a reboot".to_owned();
-            return Decision::Record(Event::RepairIntended { why });
-        }
-        let change = Change::Settle { deployment: serving.clone(), not: vec![], generation: record.generation };
-        let attempt = u32::try_from(record.generation).unwrap_or(u32::MAX);
-        return as_decision(view.act("repair-settle", attempt, change));
-    }
-    if let Some(step) = hand_over(view, serving) {
-        return as_decision(step);
-    }
-    if let Some(step) = tidy_strays(view, seen) {
-        return as_decision(step);
-    }
-    retire_snapshot(view, serving, seen).map_or_else(|| rest("at rest"), as_decision)
-}
-
-/// While a failure is held nothing is tidied, but a late start may not leave two of what may not overlap (lesson 35): the
-/// one beside what serves stops.
-fn one_of_each(view: &View<'_>, serving: &Deployment, seen: &Observation) -> Option<Step> {
-    let record = view.record;
-    let swap = record.phase.swap();
-    let snapshot = record.snapshot.as_ref().map(|s| &s.deployment);
-    let known = [swap.and_then(|s| s.from.as_ref()), swap.map(|s| &s.to), record.running.as_ref(), snapshot];
-    let runs = |d: &Deployment, name: &crate::words::ContainerName| {
-        let revision = seen.revisions.get(&d.revision);
-        let container = revision.and_then(|r| r.containers.get(name));
-        container.is_some_and(|c| c.running == Running::Running)
-    };
-    for beside in known.into_iter().flatten() {
-        if beside.revision == serving.revision {
-            continue;
-        }
-        let doubled: std::collections::BTreeSet<_> = beside
-            .plan
-            .containers
-            .iter()
-            .filter(|(name, c)| {
-                let single = c.overlap != Overlap::Allowed && !c.controller;
-                single && runs(beside, name) && runs(serving, name)
-            })
-            .map(|(name, _)| name.clone())
-            .collect();
-        if !doubled.is_empty() {
-            let change = Change::Stop { deployment: beside.clone(), containers: doubled };
-            return Some(view.act("stop-doubled", 1, change));
-        }
-    }
-    None
-}
-
-/// What nobody needs any more, most often a release that failed: stopped at once, and removed after a day, so that its
-/// containers' logs are there for whoever asks why.
-fn tidy_strays(view: &View<'_>, seen: &Observation) -> Option<Step> {
-    view.strays_beside(&[], seen).find_map(|(id, there)| {
-        let runs = there.containers.values().any(|c| c.running == Running::Running);
-        let revision = id.clone();
-        match there.stopped_at {
-            _ if runs => Some(view.act("halt-stray", 1, Change::Halt { revision })),
-            Some(at) if view.now.since(at) < view.policy.keep_containers => None,
-            // Also what never ran: it has nothing to tell.
-            Some(_) | None => Some(view.act("remove-stray", 1, Change::Remove { revision })),
-        }
-    })
-}
-
-/// The revision that a rollback would restore: stopped at once, its containers removed after a day.
-fn retire_snapshot(view: &View<'_>, serving: &Deployment, seen: &Observation) -> Option<Step> {
-    let old = &view.record.snapshot.as_ref()?.deployment;
-    let there = seen.revisions.get(&old.revision)?;
-    if old.revision == serving.revision || *view.me == ControllerId::Revision(old.revision.clone()) {
-        return None;
-    }
-    match there.stopped_at {
-        None if there.containers.is_empty() => None,
-        None => {
-            let containers = old.plan.containers.keys().cloned().collect();
-            Some(view.act("retire", 1, Change::Stop { deployment: old.clone(), containers }))
-        }
-        Some(at) if view.now.since(at) >= view.policy.keep_containers => {
-            Some(view.act("remove-old", 1, Change::Remove { revision: old.revision.clone() }))
-        }
-        Some(_) => None,
-    }
-}
-
-impl Serialize for TaskId {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(&format_args!("{}/{}/{}", self.job, self.step, self.attempt))
-    }
-}
-
-impl<'de> Deserialize<'de> for TaskId {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        let mut parts = text.rsplitn(3, '/');
-        let attempt = parts.next().and_then(|a| a.parse().ok());
-        match (attempt, parts.next(), parts.next()) {
-            (Some(attempt), Some(step), Some(job)) => Ok(Self { job: job.to_owned(), step: step.to_owned(), attempt }),
-            _ => Err(serde::de::Error::custom("a task is job/step/attempt")),
-        }
-    }
 }

@@ -1,0 +1,169 @@
+//! Between jobs: what a late effect changed is put right, and what nobody needs any more goes.
+
+use std::collections::BTreeSet;
+
+use super::task::CLEAN_UP;
+use super::{Action, Decision, Ended, View, look_again};
+use crate::phase::Phase;
+use crate::ports::{Change, Observation, Running};
+use crate::record::{ControllerId, Deployment, Overlap};
+use crate::swap::{Fit, Step, fit, hand_over};
+use crate::transition::Event;
+use crate::words::ContainerName;
+
+/// Between jobs: put right what a late effect changed, and retire what nobody needs any more.
+pub(super) fn decide(view: &View<'_>) -> Decision {
+    let record = view.record;
+    let rest =
+        |why: &str| Decision::Wait { until: Some(view.now.plus(view.policy.observe_at_rest)), why: why.to_owned() };
+    let (Some(serving), Some(seen)) = (&record.serving, view.observation) else {
+        return rest("at rest");
+    };
+    let as_decision = |step: Step| match step {
+        Step::Record(event) => Decision::Record(event),
+        Step::Act(action) => Decision::Act(action),
+        Step::Wait(why) | Step::Proving(why) | Step::Doing(why) => look_again(view, why),
+        Step::Failed(told) => rest(&told.what),
+        Step::Reached => rest("at rest"),
+    };
+
+    // A dead driver's change of traffic that arrived late is undone, under a generation that refuses it from then on.
+    let traffic = &seen.traffic;
+    if traffic.revision.is_some() && traffic.revision.as_ref() != Some(&serving.revision) {
+        if record.generation <= traffic.generation {
+            let why = "traffic was seen elsewhere than recorded".to_owned();
+            return Decision::Record(Event::RepairIntended { why });
+        }
+        let change = Change::Shift { to: serving.clone(), generation: record.generation, fallback: None };
+        let attempt = u32::try_from(record.generation).unwrap_or(u32::MAX);
+        return as_decision(view.act("repair-traffic", attempt, change));
+    }
+    let is_proved = record.running.as_ref().is_some_and(|r| r.revision == serving.revision);
+    // What serves without proof stays beside what was proved last, also where a later job failed before it touched anything:
+    // the proved one is all that returns after a reboot.
+    let held = !is_proved || matches!(record.phase, Phase::FailedRollout { .. } | Phase::RollbackFailed { .. });
+    if held {
+        if let Some(step) = one_of_each(view, serving, seen) {
+            return as_decision(step);
+        }
+        return rest("held as it stands until an operator decides");
+    }
+    // A late stop takes the reboot policy away; an operator's own stop does not, and is left alone.
+    let settled = seen.revisions.get(&serving.revision).is_some_and(|r| r.returns_alone);
+    if !settled {
+        if fit(seen, serving, serving.plan.containers.keys()) != Fit::Up {
+            let containers = serving.plan.containers.keys().cloned().collect();
+            return as_decision(view.act("repair-start", 1, Change::Start { deployment: serving.clone(), containers }));
+        }
+        if record.generation <= traffic.generation {
+            let why = "the serving revision would not return after a reboot".to_owned();
+            return Decision::Record(Event::RepairIntended { why });
+        }
+        let change = Change::Settle { deployment: serving.clone(), not: vec![], generation: record.generation };
+        let attempt = u32::try_from(record.generation).unwrap_or(u32::MAX);
+        return as_decision(view.act("repair-settle", attempt, change));
+    }
+    if let Some(step) = hand_over(view, serving) {
+        return as_decision(step);
+    }
+    if let Some(step) = tidy_strays(view, seen) {
+        return as_decision(step);
+    }
+    if let Some(step) = retire_snapshot(view, serving, seen) {
+        return as_decision(step);
+    }
+    if let Some(event) = forget_snapshot(view) {
+        return Decision::Record(event);
+    }
+    if is_clean_up_due(view) { Decision::Act(Action::CleanUp) } else { rest("at rest") }
+}
+
+/// The way back closes when its images' time is over: what may be gone is not offered.
+fn forget_snapshot(view: &View<'_>) -> Option<Event> {
+    let snapshot = view.record.snapshot.as_ref().filter(|s| view.now >= s.keep_until)?;
+    let version = &snapshot.deployment.version;
+    Some(Event::SnapshotDropped {
+        why: format!("the images of {version} were kept until {}", snapshot.keep_until.rfc3339()),
+    })
+}
+
+/// Once after each job, and then daily: what could not be removed today may be free tomorrow.
+fn is_clean_up_due(view: &View<'_>) -> bool {
+    let task = view.task(CLEAN_UP, 1);
+    if view.tasks.running.contains(&task) {
+        return false;
+    }
+    match view.tasks.ended.get(&task) {
+        None => true,
+        Some(Ended::Well { at, .. } | Ended::Badly { at, .. }) => view.now.since(*at) >= view.policy.clean_up_every,
+    }
+}
+
+/// While a failure is held nothing is tidied, but a late start may not leave two of what may not overlap (lesson 35): the
+/// one beside what serves stops.
+fn one_of_each(view: &View<'_>, serving: &Deployment, seen: &Observation) -> Option<Step> {
+    let record = view.record;
+    let swap = record.phase.swap();
+    let snapshot = record.snapshot.as_ref().map(|s| &s.deployment);
+    let known = [swap.and_then(|s| s.from.as_ref()), swap.map(|s| &s.to), record.running.as_ref(), snapshot];
+    let runs = |d: &Deployment, name: &ContainerName| {
+        let revision = seen.revisions.get(&d.revision);
+        let container = revision.and_then(|r| r.containers.get(name));
+        container.is_some_and(|c| c.running == Running::Running)
+    };
+    for beside in known.into_iter().flatten() {
+        if beside.revision == serving.revision {
+            continue;
+        }
+        let doubled: BTreeSet<_> = beside
+            .plan
+            .containers
+            .iter()
+            .filter(|(name, c)| {
+                let single = c.overlap != Overlap::Allowed && !c.controller;
+                single && runs(beside, name) && runs(serving, name)
+            })
+            .map(|(name, _)| name.clone())
+            .collect();
+        if !doubled.is_empty() {
+            let change = Change::Stop { deployment: beside.clone(), containers: doubled };
+            return Some(view.act("stop-doubled", 1, change));
+        }
+    }
+    None
+}
+
+/// What nobody needs any more, most often a release that failed: stopped at once, and removed after a day, so that its
+/// containers' logs are there for whoever asks why.
+fn tidy_strays(view: &View<'_>, seen: &Observation) -> Option<Step> {
+    view.strays_beside(&[], seen).find_map(|(id, there)| {
+        let runs = there.containers.values().any(|c| c.running == Running::Running);
+        let revision = id.clone();
+        match there.stopped_at {
+            _ if runs => Some(view.act("halt-stray", 1, Change::Halt { revision })),
+            Some(at) if view.now.since(at) < view.policy.keep_containers => None,
+            // Also what never ran: it has nothing to tell.
+            Some(_) | None => Some(view.act("remove-stray", 1, Change::Remove { revision })),
+        }
+    })
+}
+
+/// The revision that a rollback would restore: stopped at once, its containers removed after a day.
+fn retire_snapshot(view: &View<'_>, serving: &Deployment, seen: &Observation) -> Option<Step> {
+    let old = &view.record.snapshot.as_ref()?.deployment;
+    let there = seen.revisions.get(&old.revision)?;
+    if old.revision == serving.revision || *view.me == ControllerId::Revision(old.revision.clone()) {
+        return None;
+    }
+    match there.stopped_at {
+        None if there.containers.is_empty() => None,
+        None => {
+            let containers = old.plan.containers.keys().cloned().collect();
+            Some(view.act("retire", 1, Change::Stop { deployment: old.clone(), containers }))
+        }
+        Some(at) if view.now.since(at) >= view.policy.keep_containers => {
+            Some(view.act("remove-old", 1, Change::Remove { revision: old.revision.clone() }))
+        }
+        Some(_) => None,
+    }
+}

@@ -1,0 +1,216 @@
+//! Decisions between jobs.
+
+use std::collections::BTreeSet;
+
+use crate::scene::*;
+use crate::support::*;
+use replank_core::decide::*;
+use replank_core::phase::*;
+use replank_core::ports::*;
+use replank_core::record::*;
+use replank_core::transition::{Event, apply};
+use replank_core::words::*;
+
+#[test]
+fn traffic_that_a_late_effect_moved_is_put_right_at_rest() {
+    let decide = |generation| {
+        let mut record = record_in(State::Succeeded, Mode::Single);
+        record.generation = generation;
+        scene(record).with(&old(), FULL, true).with(&new(), FULL, false).traffic(&new(), 5).decide()
+    };
+    // First a generation above what is there, recorded; then the change under it.
+    assert!(matches!(decide(5), Decision::Record(Event::RepairIntended { .. })));
+    match decide(6) {
+        Decision::Act(Action::Change { change: Change::Shift { to, generation: 6, .. }, .. }) => {
+            assert_eq!(to.revision, old().revision);
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_held_failure_is_left_as_it_stands() {
+    let stray = deployment("job-8", 7);
+    let decision = scene(record_in(State::FailedRollout, Mode::BlueGreen))
+        .with(&old(), NO_WORKER, false)
+        .with(&new(), FULL, false)
+        .with(&stray, FULL, false)
+        .traffic(&old(), 1)
+        .decide();
+    assert!(matches!(decision, Decision::Wait { .. }), "{decision:?}");
+}
+
+#[test]
+fn what_failed_is_stopped_at_once_and_kept_for_its_logs() {
+    let keep = i64::try_from(scene(record_in(State::Succeeded, Mode::BlueGreen)).policy.keep_containers).unwrap();
+    let check = |containers: &[(&str, bool)], now: i64, expect: Option<Change>| {
+        let stray = deployment("job-8", 7);
+        let decision = scene(record_in(State::Succeeded, Mode::BlueGreen))
+            .at(now)
+            .ended("clean-up", Ended::Well { outcome: Outcome::CleanedUp, at: Millis(now) })
+            .heard(&old(), now, 2)
+            .with(&old(), FULL, true)
+            .with(&stray, containers, false)
+            .traffic(&old(), 1)
+            .decide();
+        match (decision, expect) {
+            (Decision::Act(Action::Change { change, .. }), Some(expect)) => assert_eq!(change, expect, "at {now}"),
+            (Decision::Wait { .. }, None) => {}
+            other => panic!("{containers:?} at {now}: {other:?}"),
+        }
+    };
+    let revision = || deployment("job-8", 7).revision;
+    let stopped: Vec<(&str, bool)> = FULL.iter().map(|(name, _)| (*name, false)).collect();
+    check(FULL, 0, Some(Change::Halt { revision: revision() }));
+    check(FULL, keep, Some(Change::Halt { revision: revision() }));
+    // A late start of one container is halted again.
+    check(NO_WORKER, 0, Some(Change::Halt { revision: revision() }));
+    check(&stopped, 0, None);
+    check(&stopped, keep - 1, None);
+    check(&stopped, keep, Some(Change::Remove { revision: revision() }));
+}
+
+#[test]
+fn what_is_kept_does_not_hide_what_still_runs() {
+    let (kept, runs) = (deployment("job-8", 7), deployment("job-9", 8));
+    let stopped: Vec<(&str, bool)> = FULL.iter().map(|(name, _)| (*name, false)).collect();
+    for (first, second) in [(&kept, &runs), (&runs, &kept)] {
+        let decision = scene(record_in(State::Succeeded, Mode::BlueGreen))
+            .heard(&old(), 0, 2)
+            .with(&old(), FULL, true)
+            .with(first, &stopped, false)
+            .with(second, FULL, false)
+            .traffic(&old(), 1)
+            .decide();
+        match decision {
+            Decision::Act(Action::Change { change: Change::Halt { revision }, .. }) => {
+                assert_eq!(revision, second.revision);
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn what_never_ran_is_removed_at_once() {
+    let stray = deployment("job-8", 7);
+    let mut scene = scene(record_in(State::Succeeded, Mode::BlueGreen))
+        .heard(&old(), 0, 2)
+        .with(&old(), FULL, true)
+        .with(&stray, FULL, false)
+        .traffic(&old(), 1);
+    let there = scene.seen.revisions.get_mut(&stray.revision).unwrap();
+    there.containers.values_mut().for_each(|c| c.running = Running::Created);
+    there.stopped_at = None;
+    match scene.decide() {
+        Decision::Act(Action::Change { change: Change::Remove { revision }, .. }) => {
+            assert_eq!(revision, stray.revision);
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn lesson_35_a_late_start_leaves_no_two_workers_even_while_a_failure_is_held() {
+    let decision = scene(record_in(State::FailedRollout, Mode::BlueGreen))
+        .with(&old(), FULL, true)
+        .with(&new(), FULL, false)
+        .traffic(&old(), 1)
+        .decide();
+    match decision {
+        Decision::Act(Action::Change { change: Change::Stop { deployment, containers }, .. }) => {
+            assert_eq!(deployment.revision, new().revision);
+            assert_eq!(containers, BTreeSet::from([name("worker")]));
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn what_was_proved_last_is_not_retired_while_something_unproved_serves() {
+    let mut record = record_in(State::FailedPre, Mode::Single);
+    record.snapshot = Some(snapshot_of(old()));
+    record.serving = Some(new());
+    record.driver.controller = ControllerId::Revision(new().revision);
+    let decision = scene(record).with(&old(), NO_WORKER, true).with(&new(), FULL, false).traffic(&new(), 1).decide();
+    assert!(matches!(decision, Decision::Wait { .. }), "{decision:?}");
+}
+
+/// At rest with nothing left to put right, `ended` ago.
+fn rested(now: i64, ended: Option<i64>) -> Scene {
+    let mut record = record_in(State::Succeeded, Mode::BlueGreen);
+    record.snapshot = None;
+    let scene = scene(record).at(now).heard(&old(), now, 2).with(&old(), FULL, true).traffic(&old(), 1);
+    match ended {
+        Some(at) => scene.ended("clean-up", Ended::Well { outcome: Outcome::CleanedUp, at: Millis(at) }),
+        None => scene,
+    }
+}
+
+#[test]
+fn what_jobs_left_is_cleaned_up_after_each_and_then_daily() {
+    let day = 24 * 3_600 * 1_000;
+    for (now, ended, due) in [(0, None, true), (5, Some(5), false), (day - 1, Some(0), false), (day, Some(0), true)] {
+        let decision = rested(now, ended).decide();
+        assert_eq!(matches!(decision, Decision::Act(Action::CleanUp)), due, "{now} {ended:?}: {decision:?}");
+    }
+    let mut running = rested(0, None);
+    running.tasks.running.insert(task("clean-up"));
+    assert!(matches!(running.decide(), Decision::Wait { .. }), "one at a time");
+    let mut held = rested(0, None);
+    held.record.phase = record_in(State::FailedRollout, Mode::BlueGreen).phase;
+    let decision = held.decide();
+    assert!(!matches!(decision, Decision::Act(Action::CleanUp)), "a held failure is left as it stands: {decision:?}");
+}
+
+#[test]
+fn the_way_back_closes_when_its_images_time_is_over() {
+    let decide = |now| {
+        let mut scene = rested(now, Some(now));
+        let mut snapshot = snapshot_of(new());
+        snapshot.keep_until = Millis(1_000);
+        scene.record.snapshot = Some(snapshot);
+        scene.decide()
+    };
+    assert!(matches!(decide(999), Decision::Wait { .. }));
+    let Decision::Record(event @ Event::SnapshotDropped { .. }) = decide(1_000) else { panic!("{:?}", decide(1_000)) };
+    let mut before = rested(1_000, None).record;
+    before.snapshot = Some(snapshot_of(new()));
+    let after = apply(&before, &event, Millis(1_000)).unwrap().record;
+    assert_eq!(
+        after,
+        Record { history: after.history.clone(), updated_at: after.updated_at, snapshot: None, ..before }
+    );
+}
+
+/// Every image's digest that stands anywhere in a value.
+fn digests(value: &serde_json::Value, found: &mut BTreeSet<String>) {
+    match value {
+        serde_json::Value::Object(map) => {
+            for (key, value) in map {
+                match (key.as_str(), value.as_str()) {
+                    ("digest" | "id", Some(text)) if text.starts_with("sha256:") => drop(found.insert(text.to_owned())),
+                    _ => digests(value, found),
+                }
+            }
+        }
+        serde_json::Value::Array(list) => list.iter().for_each(|value| digests(value, found)),
+        _ => {}
+    }
+}
+
+#[test]
+fn no_image_that_a_record_speaks_of_is_left_out() {
+    let mut most = 0;
+    for state in State::ALL {
+        for mode in [Mode::Single, Mode::BlueGreen] {
+            let record = record_in(state, mode);
+            let mut stored = BTreeSet::new();
+            digests(&serde_json::to_value(&record).unwrap(), &mut stored);
+            let told: BTreeSet<String> = record.images().map(|image| image.digest().to_string()).collect();
+            assert_eq!(told, stored, "{state:?} {mode:?}");
+            most = most.max(told.len());
+        }
+    }
+    assert!(most > 1, "there is something to leave out");
+}

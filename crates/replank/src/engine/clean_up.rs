@@ -1,0 +1,56 @@
+//! What earlier jobs left and nobody needs: their trees, the oldest build logs, and images beyond the newest few.
+
+use std::collections::BTreeSet;
+
+use replank_core::fault::Fault;
+use replank_core::ports::{Registry, Stored};
+use replank_core::record::Record;
+use replank_core::words::Digest;
+
+use super::execute::Executor;
+
+impl Executor {
+    /// At rest only. What cannot be removed now is told and left for the next time: clutter is no reason to fail.
+    pub(super) async fn clean_up(&self, record: &Record) {
+        *self.tree.lock().await = None;
+        if let Some(source) = &self.ports.source
+            && let Err(fault) = source.discard_all_but(None).await
+        {
+            tracing::warn!(error = %fault.chain(), "old trees were not removed");
+        }
+        match self.ports.logs.prune(self.setup.policy.keep_logs).await {
+            Ok(0) => {}
+            Ok(jobs) => tracing::info!(jobs, "removed the oldest build logs"),
+            Err(error) => tracing::warn!(%error, "old build logs were not removed"),
+        }
+        let repositories: BTreeSet<&str> = record.images().map(|image| image.repository()).collect();
+        for registry in [Some(&self.ports.registry), self.ports.local_images.as_ref()].into_iter().flatten() {
+            for repository in &repositories {
+                if let Err(fault) = self.remove_images(record, registry.as_ref(), repository).await {
+                    tracing::warn!(repository, error = %fault.chain(), "old images were not removed");
+                }
+            }
+        }
+    }
+
+    /// What the record speaks of always stays: it runs, or a rollback needs it.
+    async fn remove_images(&self, record: &Record, registry: &dyn Registry, repository: &str) -> Result<(), Fault> {
+        let needed: BTreeSet<&Digest> = record.images().map(|image| image.digest()).collect();
+        let listed = registry.list(repository, &record.installation).await?;
+        let mut stored: Vec<Stored> = listed.into_iter().map(|(stored, _)| stored).collect();
+        stored.sort_by_key(|stored| std::cmp::Reverse(stored.created_at));
+        for old in stored.iter().skip(self.setup.policy.keep_builds) {
+            if needed.contains(old.image.digest()) {
+                continue;
+            }
+            // A job that has begun meanwhile may have found this image and counts on it.
+            self.still_mine(record).await?;
+            registry.release(&old.image, &record.installation).await?;
+            match registry.delete(&old.image, &record.installation).await {
+                Ok(()) => tracing::info!(image = %old.image, "removed an old image"),
+                Err(fault) => tracing::info!(error = %fault.chain(), "an old image stays for now"),
+            }
+        }
+        Ok(())
+    }
+}
