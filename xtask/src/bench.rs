@@ -14,6 +14,8 @@ use crate::world::World;
 
 /// Interleaved pairs of one run; odd, so that a median is one of them.
 const PAIRS: usize = 5;
+/// Between two looks for the new version: more of them would take the processors from the build.
+const ASK_EVERY: Duration = Duration::from_millis(100);
 const LIMIT: Duration = Duration::from_secs(600);
 
 #[derive(Debug, clap::Args)]
@@ -132,7 +134,7 @@ async fn first_answer(url: &str, version: &str, begun: Instant) -> Result<()> {
         {
             return Ok(());
         }
-        tokio::time::sleep(Duration::from_millis(10)).await;
+        tokio::time::sleep(ASK_EVERY).await;
     }
     bail!("{url} never answered with version {version}")
 }

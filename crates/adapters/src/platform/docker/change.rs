@@ -4,13 +4,10 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
-use bollard::models::{
-    ContainerInspectResponse, ContainerUpdateBody, EndpointSettings, NetworkConnectRequest, NetworkCreateRequest,
-    NetworkDisconnectRequest, RestartPolicyNameEnum,
-};
+use bollard::models::{ContainerInspectResponse, ContainerUpdateBody, NetworkDisconnectRequest, RestartPolicyNameEnum};
 use bollard::query_parameters::{
-    CreateContainerOptions, InspectContainerOptions, ListContainersOptionsBuilder, ListNetworksOptionsBuilder,
-    RemoveContainerOptions, StartContainerOptions, StopContainerOptions,
+    CreateContainerOptions, InspectContainerOptions, ListContainersOptionsBuilder, RemoveContainerOptions,
+    StartContainerOptions, StopContainerOptions,
 };
 use replank_core::fault::Fault;
 use replank_core::ports::Change;
@@ -40,6 +37,11 @@ pub(super) async fn change(platform: &DockerPlatform, change: &Change) -> Result
         Change::Halt { revision } => work.halt(revision).await,
         Change::Remove { revision } => work.remove(revision).await,
     }
+}
+
+/// Side by side, and each to its end: one that fails must not leave the others half done. The first fault is the answer.
+async fn all(work: impl Iterator<Item = impl Future<Output = Result<(), Fault>>>) -> Result<(), Fault> {
+    futures_util::future::join_all(work).await.into_iter().collect()
 }
 
 pub(super) struct Work<'a> {
@@ -93,12 +95,12 @@ impl Work<'_> {
         if let Some(name) = containers.iter().find(|name| !spec.containers.contains_key(*name)) {
             return Err(Fault::permanent(format!("revision {} has no container {name}", deployment.revision)));
         }
-        let order = spec.order(|name| containers.contains(name))?;
+        let waves = spec.waves(|name| containers.contains(name))?;
         self.private_network(&deployment.revision).await?;
         self.join_proxy(&names::network(&self.platform.config.application, &deployment.revision), &[]).await?;
         // All are created before any is started: what cannot be created costs nothing yet.
-        let mut made = Vec::with_capacity(order.len());
-        for name in &order {
+        let mut made = BTreeMap::new();
+        for name in waves.iter().flatten() {
             let container = &spec.containers[name];
             let ours = match self.find(deployment, name).await? {
                 Some(ours) => ours,
@@ -112,16 +114,21 @@ impl Work<'_> {
                 let aliases = self.aliases(network);
                 self.join_proxy(network, &aliases).await?;
             }
-            made.push((name, ours));
+            made.insert(name, ours);
         }
-        for (name, ours) in made {
-            if !ours.running {
-                self.engine.docker().start_container(&ours.id, None::<StartContainerOptions>).await.map_err(
-                    |error| classify(error, &format!("container {name} of {} cannot be started", deployment.revision)),
-                )?;
-            }
+        for wave in &waves {
+            let mine = wave.iter().filter_map(|name| Some((name, made.get(name)?)));
+            all(mine.map(|(name, ours)| self.start_one(&deployment.revision, name, ours))).await?;
         }
         Ok(())
+    }
+
+    async fn start_one(&self, revision: &RevisionId, name: &ContainerName, ours: &Ours) -> Result<(), Fault> {
+        if ours.running {
+            return Ok(());
+        }
+        let started = self.engine.docker().start_container(&ours.id, None::<StartContainerOptions>).await;
+        started.map_err(|error| classify(error, &format!("container {name} of {revision} cannot be started")))
     }
 
     /// Names by which the proxy is known on a shared network: those of what it serves that stands on that network.
@@ -186,115 +193,6 @@ impl Work<'_> {
         }
     }
 
-    // --- Networks ------------------------------------------------------------------------------------------------
-
-    async fn private_network(&self, revision: &RevisionId) -> Result<(), Fault> {
-        let name = names::network(&self.platform.config.application, revision);
-        self.network(&name, self.platform.owner.network(revision)).await
-    }
-
-    /// Makes a network of ours, or finds it. The engine lets two networks have one name, and then serves neither by it: of
-    /// two that were made at the same moment, both makers keep the same one.
-    pub(super) async fn network(&self, name: &str, labels: BTreeMap<String, String>) -> Result<(), Fault> {
-        let request = NetworkCreateRequest {
-            name: name.to_owned(),
-            driver: Some("bridge".to_owned()),
-            labels: Some(labels.clone().into_iter().collect()),
-            ..Default::default()
-        };
-        if self.owned_network(name).await? {
-            return Ok(());
-        }
-        match self.engine.docker().create_network(request).await {
-            Ok(made) => self.only_network(name, &made.id).await,
-            Err(error) if self.owned_network(name).await? => {
-                tracing::debug!(%error, name, "somebody else made the network first");
-                Ok(())
-            }
-            Err(error) => Err(classify(error, &format!("network {name} cannot be created"))),
-        }
-    }
-
-    async fn only_network(&self, name: &str, mine: &str) -> Result<(), Fault> {
-        let filter = HashMap::from([("name".to_owned(), vec![name.to_owned()])]);
-        let options = ListNetworksOptionsBuilder::new().filters(&filter).build();
-        let listed = self
-            .engine
-            .docker()
-            .list_networks(Some(options))
-            .await
-            .map_err(|error| classify(error, "the engine's networks cannot be listed"))?;
-        let same = listed.into_iter().filter(|network| network.name.as_deref() == Some(name));
-        let first = same.filter_map(|network| Some((network.created, network.id?))).min();
-        match first {
-            Some((_, first)) if first != mine => match self.engine.docker().remove_network(mine).await {
-                Ok(()) => Ok(()),
-                Err(error) if is_missing(&error) => Ok(()),
-                Err(error) => Err(classify(error, &format!("the second network {name} cannot be removed"))),
-            },
-            _ => Ok(()),
-        }
-    }
-
-    /// True where it is there and ours; a conflict where it is there and not.
-    async fn owned_network(&self, name: &str) -> Result<bool, Fault> {
-        match self.engine.docker().inspect_network(name, None).await {
-            Ok(found) => {
-                let labels = found.labels.unwrap_or_default();
-                if self.platform.owner.owns(&labels) {
-                    Ok(true)
-                } else {
-                    Err(Fault::conflict(format!("network {name} exists and is not of this installation"))
-                        .advice(format!("look at it with `docker network inspect {name}`; Replank leaves it alone")))
-                }
-            }
-            Err(error) if is_missing(&error) => Ok(false),
-            Err(error) => Err(classify(error, &format!("network {name} cannot be inspected"))),
-        }
-    }
-
-    pub(super) async fn join_proxy(&self, network: &str, aliases: &[String]) -> Result<(), Fault> {
-        let name = names::proxy(&self.platform.config.application);
-        let proxy = self.inspect(&name).await?.ok_or_else(|| {
-            Fault::permanent(format!("the proxy's container {name} is not there"))
-                .advice("run `replank deploy` to make it")
-        })?;
-        let labels = labels_of(&proxy);
-        if !self.platform.owner.owns(&labels) || labels.get(labels::ROLE).is_none_or(|role| role != labels::ROLE_PROXY)
-        {
-            return Err(look_alike(&self.platform.owner, &name, &labels));
-        }
-        let joined = proxy.network_settings.and_then(|n| n.networks).unwrap_or_default();
-        if joined.contains_key(network) {
-            return Ok(());
-        }
-        self.join(network, &proxy.id.unwrap_or(name), aliases).await
-    }
-
-    async fn join(&self, network: &str, container: &str, aliases: &[String]) -> Result<(), Fault> {
-        let request = NetworkConnectRequest {
-            container: container.to_owned(),
-            endpoint_config: Some(EndpointSettings {
-                aliases: (!aliases.is_empty()).then(|| aliases.to_vec()),
-                ..Default::default()
-            }),
-        };
-        let Err(error) = self.engine.docker().connect_network(network, request).await else { return Ok(()) };
-        // The engine answers 403 where the container is already there; somebody else was faster.
-        let found = self.inspect(container).await?;
-        let joined = found.and_then(|c| c.network_settings).and_then(|n| n.networks).unwrap_or_default();
-        if joined.contains_key(network) {
-            return Ok(());
-        }
-        let missing = is_missing(&error);
-        let fault = classify(error, &format!("a container cannot join network {network}"));
-        Err(if missing {
-            fault.advice(format!("make the network with `docker network create {network}`"))
-        } else {
-            fault
-        })
-    }
-
     // --- Stop ----------------------------------------------------------------------------------------------------
 
     async fn stop(&self, deployment: &Deployment, containers: &BTreeSet<ContainerName>) -> Result<(), Fault> {
@@ -305,21 +203,24 @@ impl Work<'_> {
         // A stop that reaches beyond those that make room for others retires the revision.
         let retires = plans().any(|plan| plan.overlap == Overlap::Allowed);
         let spec = RunSpec::of(&deployment.plan)?;
-        let mut order = spec.order(|name| containers.contains(name))?;
-        order.reverse();
+        let waves = spec.waves(|name| containers.contains(name))?;
         // All are looked at before any is touched: a look-alike costs nothing yet.
-        let mut mine = Vec::with_capacity(order.len());
-        for name in order {
-            if let Some(ours) = self.find(deployment, &name).await? {
-                mine.push((name, ours));
+        let mut mine = BTreeMap::new();
+        for name in waves.iter().flatten() {
+            if let Some(ours) = self.find(deployment, name).await? {
+                mine.insert(name, ours);
             }
         }
-        if retires && mine.iter().any(|(_, ours)| ours.running || ours.returns()) {
+        if retires && mine.values().any(|ours| ours.running || ours.returns()) {
             self.not_routed(&deployment.revision, "stopped").await?;
         }
-        for (name, ours) in mine {
-            let grace = Duration::from_secs(u64::from(spec.containers[&name].run.stop_grace_seconds));
-            self.stop_one(&deployment.revision, &name, &ours, grace, retires).await?;
+        for wave in waves.iter().rev() {
+            let there = wave.iter().filter_map(|name| Some((name, mine.get(name)?)));
+            all(there.map(|(name, ours)| {
+                let grace = Duration::from_secs(u64::from(spec.containers[name].run.stop_grace_seconds));
+                self.stop_one(&deployment.revision, name, ours, grace, retires)
+            }))
+            .await?;
         }
         Ok(())
     }
@@ -339,10 +240,7 @@ impl Work<'_> {
         if mine.iter().any(|(_, _, ours)| ours.running || ours.returns()) {
             self.not_routed(revision, "stopped").await?;
         }
-        for (name, grace, ours) in mine {
-            self.stop_one(revision, &name, &ours, grace, true).await?;
-        }
-        Ok(())
+        all(mine.iter().map(|(name, grace, ours)| self.stop_one(revision, name, ours, *grace, true))).await
     }
 
     /// `retires`: refused where traffic goes to the revision.

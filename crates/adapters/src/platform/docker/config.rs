@@ -335,7 +335,7 @@ impl DockerConfig {
         for (name, container) in &self.containers {
             self.check_container(name, container)?;
         }
-        order(&self.containers, |_| true)?;
+        waves(&self.containers, |_| true)?;
         self.check_listeners()
     }
 
@@ -469,13 +469,13 @@ pub(super) fn check_probe(probe: &ProbeConfig) -> Result<(), (String, String)> {
     Ok(())
 }
 
-/// Those containers that `wanted` picks, each after what it depends on; among equals by name.
-pub(super) fn order(
+/// Those containers that `wanted` picks, in waves: each container stands in a wave after those that it depends on.
+pub(super) fn waves(
     containers: &BTreeMap<ContainerName, ContainerConfig>,
     wanted: impl Fn(&ContainerName) -> bool,
-) -> Result<Vec<ContainerName>, Fault> {
+) -> Result<Vec<Vec<ContainerName>>, Fault> {
     let mut left: BTreeSet<&ContainerName> = containers.keys().collect();
-    let mut done = Vec::with_capacity(left.len());
+    let mut waves = Vec::new();
     for (name, container) in containers {
         if let Some(other) = container.depends_on.iter().find(|other| !containers.contains_key(*other)) {
             return Err(wrong(
@@ -485,16 +485,16 @@ pub(super) fn order(
         }
     }
     while !left.is_empty() {
-        let next = left.iter().find(|name| containers[**name].depends_on.iter().all(|other| !left.contains(other)));
-        let Some(next) = next.copied() else {
+        let is_free = |name: &ContainerName| containers[name].depends_on.iter().all(|other| !left.contains(other));
+        let wave: Vec<&ContainerName> = left.iter().copied().filter(|name| is_free(name)).collect();
+        if wave.is_empty() {
             let circle: Vec<&str> = left.iter().map(|name| name.as_str()).collect();
             return Err(wrong(format!("{} depend on each other in a circle", circle.join(", ")), "correct depends_on"));
-        };
-        left.remove(next);
-        done.push(next.clone());
+        }
+        left.retain(|name| !wave.contains(name));
+        waves.push(wave.into_iter().filter(|name| wanted(name)).cloned().collect());
     }
-    done.retain(|name| wanted(name));
-    Ok(done)
+    Ok(waves)
 }
 
 fn check_path(what: &str, path: &Path) -> Result<(), Fault> {

@@ -58,8 +58,8 @@ pub(super) fn escape_hatch(
     }
     commands.push(format!("{} start {proxy}", hatch.docker));
     commands.extend(hatch.network(to));
-    let order =
-        spec.order(|name| to.plan.containers.get(name).is_some_and(|plan| !plan.controller)).unwrap_or_default();
+    let is_wanted = |name: &ContainerName| to.plan.containers.get(name).is_some_and(|plan| !plan.controller);
+    let order = spec.waves(is_wanted).unwrap_or_default().concat();
     for name in &order {
         commands.push(hatch.create(to, name, &spec));
         for network in &spec.containers[name].run.networks {

@@ -7,6 +7,7 @@ mod create;
 mod hatch;
 pub mod labels;
 pub mod names;
+mod networks;
 mod observe;
 mod probe;
 pub mod proxy_api;

@@ -49,10 +49,10 @@ impl RunSpec {
         })
     }
 
-    /// Containers in the order in which they start.
-    pub fn order(&self, wanted: impl Fn(&ContainerName) -> bool) -> Result<Vec<ContainerName>, Fault> {
+    /// Containers in the waves in which they start: all of one wave at the same time.
+    pub fn waves(&self, wanted: impl Fn(&ContainerName) -> bool) -> Result<Vec<Vec<ContainerName>>, Fault> {
         let runs = self.containers.iter().map(|(name, spec)| (name.clone(), spec.run.clone())).collect();
-        config::order(&runs, wanted)
+        config::waves(&runs, wanted)
     }
 }
 
