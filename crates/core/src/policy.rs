@@ -94,7 +94,7 @@ impl Default for Policy {
             keep_logs: 50,
             clean_up_every: DAY,
             observe_every: SECOND,
-            prove_every: 250,
+            prove_every: 100,
             observe_at_rest: 15 * SECOND,
         }
     }

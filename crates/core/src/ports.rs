@@ -375,6 +375,13 @@ pub struct RevisionSeen {
     pub stopped_at: Option<Millis>,
 }
 
+impl RevisionSeen {
+    /// Whether any container of it runs.
+    pub fn runs(&self) -> bool {
+        self.containers.values().any(|c| c.running == Running::Running)
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct TrafficSeen {
     /// Where requests go now; `None` where nothing is routed.

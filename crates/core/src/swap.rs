@@ -126,8 +126,9 @@ pub fn advance(view: &View<'_>, swap: &Swap, stage: Stage, reverse: bool) -> Ste
     }
 
     // Containers that may not overlap make room first: the old side's, and whatever an earlier, failed swap left running.
-    if let Some((stray, _)) = view.strays_beside(&[swap.from.as_ref(), Some(to)], seen).next() {
-        return view.act("remove-stray", 1, Change::Remove { revision: stray.clone() });
+    if let Some((stray, _)) = view.strays_beside(&[swap.from.as_ref(), Some(to)], seen).find(|(_, there)| there.runs())
+    {
+        return view.act("halt-stray", 1, Change::Halt { revision: stray.clone() });
     }
     let first = old_with(swap, Overlap::StopOldFirst);
     if let Some(from) = swap.from.as_ref().filter(|_| !first.is_empty()) {

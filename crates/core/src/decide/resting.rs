@@ -137,10 +137,9 @@ fn one_of_each(view: &View<'_>, serving: &Deployment, seen: &Observation) -> Opt
 /// containers' logs are there for whoever asks why.
 fn tidy_strays(view: &View<'_>, seen: &Observation) -> Option<Step> {
     view.strays_beside(&[], seen).find_map(|(id, there)| {
-        let runs = there.containers.values().any(|c| c.running == Running::Running);
         let revision = id.clone();
         match there.stopped_at {
-            _ if runs => Some(view.act("halt-stray", 1, Change::Halt { revision })),
+            _ if there.runs() => Some(view.act("halt-stray", 1, Change::Halt { revision })),
             Some(at) if view.now.since(at) < view.policy.keep_containers => None,
             // Also what never ran: it has nothing to tell.
             Some(_) | None => Some(view.act("remove-stray", 1, Change::Remove { revision })),

@@ -321,6 +321,26 @@ fn lesson_35_containers_that_may_not_overlap_change_places_in_order() {
 }
 
 #[test]
+fn an_earlier_failures_containers_make_room_and_keep_their_logs() {
+    let stray = deployment("job-8", 7);
+    let begin = |containers: &[(&str, bool)]| {
+        scene(swapping(State::RollingOut, Mode::BlueGreen, &[]))
+            .with(&old(), FULL, true)
+            .with(&stray, containers, false)
+            .traffic(&old(), 1)
+            .decide()
+    };
+    match begin(NO_WORKER) {
+        Decision::Act(Action::Change { change: Change::Halt { revision }, .. }) => {
+            assert_eq!(revision, stray.revision);
+        }
+        other => panic!("{other:?}"),
+    }
+    let stopped: Vec<(&str, bool)> = FULL.iter().map(|(name, _)| (*name, false)).collect();
+    assert!(matches!(begin(&stopped), Decision::Record(Event::OpIntended { op: Op::StopOld })));
+}
+
+#[test]
 fn a_warm_old_side_takes_the_traffic_before_anything_else_on_the_way_back() {
     use Overlap::{StartAfterCutover, StopOldFirst};
     assert_eq!(

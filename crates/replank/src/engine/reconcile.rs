@@ -296,7 +296,7 @@ fn is_wanted(task: &TaskId, record: &Record) -> bool {
         state == State::Building
     } else if step == "prepare" {
         state == State::Patching
-    } else if step == "remove-stray" {
+    } else if step == "halt-stray" {
         true
     } else if let Some((_, revision)) = step.split_once(':') {
         state.in_flight() && record.phase.active_swap().is_some_and(|swap| swap.to.revision.as_str() == revision)
