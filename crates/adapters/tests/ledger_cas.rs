@@ -23,6 +23,9 @@ const DIR: &str = "REPLANK_CAS_DIR";
 const NAME: &str = "REPLANK_CAS_NAME";
 const TOTAL: &str = "REPLANK_CAS_TOTAL";
 
+/// Made once enough kills have hit: without it a fast disk would be done before the killer is.
+const ENOUGH: &str = "enough";
+
 /// Nothing here may hang for ever, whatever is broken.
 const TOO_LONG: Duration = Duration::from_secs(1_500);
 
@@ -37,8 +40,8 @@ fn app() -> AppName {
 
 // --- The writer ------------------------------------------------------------------------------------------------
 
-/// Commits until the ledger holds as many as asked for. What it intends and what was acknowledged goes to two files with
-/// one write each, which outlive the process.
+/// Commits until the ledger holds as many as asked for and enough kills have hit. What it intends and what was
+/// acknowledged goes to two files with one write each, which outlive the process.
 #[test]
 #[ignore = "a part of the other tests, run by them"]
 fn writer() {
@@ -61,7 +64,7 @@ fn writer() {
             // A conflict is no commit: the same id goes on until it is taken.
             loop {
                 let (old, etag) = ledger.load().await.expect("load").expect("record");
-                if old.generation >= total {
+                if old.generation >= total && dir.join(ENOUGH).exists() {
                     return;
                 }
                 let (lines, head) = seal(&old.history, &[Audit::new(Millis(1), None, "cas").with("id", id.clone())]);
@@ -180,8 +183,8 @@ async fn prepare(dir: &Path) {
     ledger.commit(None, &record, &[]).await.expect("first commit");
 }
 
-/// Kills one writer or the other at random until the work is done. Returns how many kills hit.
-async fn campaign(dir: &Path, writers: &mut [Box<dyn Killable>], pause_ms: std::ops::Range<u64>) -> usize {
+/// Kills one writer or the other at random until the work is done and at least `least` kills have hit.
+async fn campaign(dir: &Path, writers: &mut [Box<dyn Killable>], pause_ms: std::ops::Range<u64>, least: usize) {
     let mut random = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_nanos() as u64 | 1;
     println!("seed {random}");
     let mut next = move || {
@@ -198,7 +201,11 @@ async fn campaign(dir: &Path, writers: &mut [Box<dyn Killable>], pause_ms: std::
         assert!(begun.elapsed() < TOO_LONG, "the campaign hangs");
         let pause = pause_ms.start + next() % (pause_ms.end - pause_ms.start);
         tokio::time::sleep(Duration::from_millis(pause)).await;
-        let done = open(dir).await.load().await.expect("load").expect("record").0.generation >= total();
+        let generation = open(dir).await.load().await.expect("load").expect("record").0.generation;
+        let done = generation >= total() && kills >= least;
+        if done {
+            fs::write(dir.join(ENOUGH), "").expect("write");
+        }
         if done && writers.iter_mut().all(|writer| writer.ended().is_some()) {
             break;
         }
@@ -223,8 +230,8 @@ async fn campaign(dir: &Path, writers: &mut [Box<dyn Killable>], pause_ms: std::
         }
     }
     let seconds = begun.elapsed().as_secs_f64();
-    println!("{} commits, {kills} kills, {seconds:.1} s, {:.0} commits/s", total(), total() as f64 / seconds);
-    kills
+    let commits = open(dir).await.load().await.expect("load").expect("record").0.generation;
+    println!("{commits} commits, {kills} kills, {seconds:.1} s, {:.0} commits/s", commits as f64 / seconds);
 }
 
 fn ids(dir: &Path, kind: &str) -> BTreeMap<String, Vec<String>> {
@@ -262,9 +269,10 @@ async fn examine(dir: &Path) {
         }
     }
     let count = verifier.finish(&record.history).expect("consistent with the anchor");
-    assert_eq!((count, record.generation), (total(), total()));
+    assert!(count >= total(), "only {count} commits");
+    assert_eq!(count, record.generation);
     // The first commit made version 1 and had no line.
-    assert_eq!(etag.0, (total() + 1).to_string());
+    assert_eq!(etag.0, (count + 1).to_string());
 
     let acked: Vec<String> = ids(dir, "acks-").into_values().flatten().collect();
     for id in &acked {
@@ -291,8 +299,7 @@ async fn two_processes_with_random_kills_lose_nothing() {
         Box::new(Process { dir: dir.path().to_owned(), name: name.to_owned(), child: None })
     };
     let mut writers = [process("blue"), process("green")];
-    let kills = campaign(dir.path(), &mut writers, 20..400).await;
-    assert!(kills >= 3, "only {kills} kills");
+    campaign(dir.path(), &mut writers, 20..400, 5).await;
     examine(dir.path()).await;
 }
 
@@ -326,8 +333,7 @@ async fn two_containers_with_random_kills_lose_nothing() {
         Box::new(Container { engine: engine.clone(), name: full })
     };
     let mut writers = vec![container("blue"), container("green")];
-    let kills = campaign(dir.path(), &mut writers, 200..2_000).await;
-    assert!(kills >= 2, "only {kills} kills");
+    campaign(dir.path(), &mut writers, 200..2_000, 4).await;
     examine(dir.path()).await;
     drop(writers);
     engine.docker(&["rmi", &image]).expect("rmi");
