@@ -6,6 +6,7 @@
 //! decision can be replayed.
 
 pub mod decide;
+pub mod event;
 pub mod fault;
 pub mod format;
 pub mod history;

@@ -41,7 +41,7 @@ pub enum LedgerError {
     #[error("the record was changed by somebody else")]
     Conflict,
     /// Nothing was written.
-    #[error("the ledger cannot be used now")]
+    #[error("the ledger cannot be used")]
     Unavailable(#[source] Fault),
     /// It may or may not have been written: load and compare.
     #[error("it is not known whether the ledger took the change")]
@@ -171,7 +171,7 @@ pub enum LogError {
     /// The log ends elsewhere than the writer thought: re-read and compare.
     #[error("the log ends at {actual}, not where the append was to go")]
     Offset { actual: u64 },
-    #[error("the log store cannot be used now")]
+    #[error("the log store cannot be used")]
     Unavailable(#[source] Fault),
     #[error("it is not known whether the log store took the lines")]
     Indeterminate(#[source] Fault),

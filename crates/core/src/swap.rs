@@ -6,11 +6,11 @@
 use std::collections::BTreeSet;
 
 use crate::decide::{Action, View};
+use crate::event::Event;
 use crate::fault::Told;
 use crate::phase::{Confirming, Op, Phase, Swap, WayBack};
 use crate::ports::{Change, Observation, Running};
 use crate::record::{ControllerId, Deployment, Overlap};
-use crate::transition::Event;
 use crate::words::ContainerName;
 
 /// How far a swap is to be taken now.

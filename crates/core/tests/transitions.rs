@@ -6,10 +6,11 @@ mod support;
 
 use std::collections::BTreeSet;
 
+use replank_core::event::Event;
 use replank_core::fault::Told;
 use replank_core::phase::*;
 use replank_core::record::*;
-use replank_core::transition::{Event, Refused, apply, next};
+use replank_core::transition::{Refused, apply, next};
 use replank_core::words::*;
 use support::*;
 

@@ -1,6 +1,7 @@
 //! Configuration and manifest: what is wrong is told in full, each at its place, with what to do.
 #![allow(clippy::unwrap_used)]
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use replank::config::Settings;
@@ -331,4 +332,37 @@ fn a_release_may_set_its_own_things_only() {
         let told = Manifest::parse(text).expect_err(text).to_string();
         assert!(told.contains(expect), "{text}: {told}");
     }
+}
+
+/// The reference names every key that the reader knows, and no other: each section is asked about a key that nobody has.
+#[test]
+fn the_reference_names_every_key() {
+    let reference = include_str!("../../../docs/configuration.md");
+    let (operator, release) = reference.split_once("\n## `.replank.toml`").unwrap();
+    let mut seen = 0;
+    for section in operator.split("\n## ").flat_map(|part| part.split("\n### ")) {
+        let title = section.lines().next().unwrap();
+        let table = match title.strip_prefix('`') {
+            Some(header) => header.trim_end_matches('`').replace("NAME", "api"),
+            None if title == "The file as a whole" => String::new(),
+            None => continue,
+        };
+        let text = format!("{table}\nzzzzzzzzzzzzzzzz = 1\n");
+        let told = parse(&text, &[]).unwrap_err();
+        let known = told.lines().find_map(|line| line.split_once("known here: ")).unwrap_or_else(|| panic!("{told}")).1;
+        let known: BTreeSet<&str> = known.split(", ").collect();
+        assert_eq!(named(section), known, "{title}");
+        seen += known.len();
+    }
+    assert!(seen > 80, "only {seen} keys were found: the sections' form has changed");
+
+    let told = serde_json::from_str::<Manifest>(r#"{"zzzzzzzzzzzzzzzz":1}"#).unwrap_err().to_string();
+    // The first quoted word is the stray key, the others are the known ones.
+    let known: BTreeSet<&str> = told.split('`').skip(1).step_by(2).skip(1).collect();
+    assert_eq!(named(release), known, "{told}");
+}
+
+/// The first column of a section's table.
+fn named(section: &str) -> BTreeSet<&str> {
+    section.lines().filter_map(|line| line.strip_prefix("| `")?.split_once('`')).map(|(key, _)| key).collect()
 }

@@ -14,13 +14,13 @@ use task::{FETCH, PREPARE, build_step, job_of};
 pub use streaks::{Streak, Streaks};
 pub use task::{Action, Ended, Outcome, Prepared, TaskId, Tasks};
 
+use crate::event::Event;
 use crate::fault::{Class, Told};
 use crate::phase::{Building, Confirming, Mode, Op, Phase, Swap, WayBack};
 use crate::policy::Policy;
 use crate::ports::{Ask, Change, Observation, Presence, RevisionSeen};
 use crate::record::{ControllerId, Deployment, Job, OnRolloutFailure, Record, Snapshot};
 use crate::swap::{Fit, Stage, Step, advance, fit, hand_over};
-use crate::transition::Event;
 use crate::words::{Millis, OpKey, RevisionId};
 
 /// Everything a decision may depend on.

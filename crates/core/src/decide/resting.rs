@@ -4,11 +4,11 @@ use std::collections::BTreeSet;
 
 use super::task::CLEAN_UP;
 use super::{Action, Decision, Ended, View, look_again};
+use crate::event::Event;
 use crate::phase::Phase;
 use crate::ports::{Change, Observation, Running};
 use crate::record::{ControllerId, Deployment, Overlap};
 use crate::swap::{Fit, Step, fit, hand_over};
-use crate::transition::Event;
 use crate::words::ContainerName;
 
 /// Between jobs: put right what a late effect changed, and retire what nobody needs any more.

@@ -10,12 +10,12 @@ use scene::*;
 use std::collections::BTreeMap;
 
 use replank_core::decide::*;
+use replank_core::event::Event;
 use replank_core::fault::Fault;
 use replank_core::phase::*;
 use replank_core::policy::Policy;
 use replank_core::ports::*;
 use replank_core::record::*;
-use replank_core::transition::Event;
 use replank_core::words::*;
 use support::*;
 

@@ -5,10 +5,11 @@ use std::collections::BTreeSet;
 use crate::scene::*;
 use crate::support::*;
 use replank_core::decide::*;
+use replank_core::event::Event;
 use replank_core::phase::*;
 use replank_core::ports::*;
 use replank_core::record::*;
-use replank_core::transition::{Event, apply};
+use replank_core::transition::apply;
 use replank_core::words::*;
 
 #[test]

@@ -4,12 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::support::*;
 use replank_core::decide::*;
+use replank_core::event::Event;
 use replank_core::fault::{Fault, Told};
 use replank_core::phase::*;
 use replank_core::policy::Policy;
 use replank_core::ports::*;
 use replank_core::record::*;
-use replank_core::transition::{Event, apply};
+use replank_core::transition::apply;
 use replank_core::words::*;
 
 /// A long time after everything: the controller was down for days.

@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use replank_core::decide::{self, *};
+use replank_core::event::Event;
 use replank_core::phase::*;
 use replank_core::policy::Policy;
 use replank_core::ports::*;
 use replank_core::record::*;
-use replank_core::transition::{Event, apply};
+use replank_core::transition::apply;
 use replank_core::words::*;
 
 use crate::support;

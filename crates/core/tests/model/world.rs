@@ -6,10 +6,10 @@ use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
 use replank_core::decide::{Decision, Ended, TaskId};
+use replank_core::event::Event;
 use replank_core::phase::Mode;
 use replank_core::ports::*;
 use replank_core::record::*;
-use replank_core::transition::Event;
 use replank_core::words::*;
 
 use crate::support;

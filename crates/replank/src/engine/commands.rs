@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use replank_core::event::Event;
 use replank_core::history::Line;
 use replank_core::ports::{EscapeHatch, LedgerError, LogId};
 use replank_core::record::{Actor, Job, Latest, Record};
-use replank_core::transition::{Event, Refused, apply};
+use replank_core::transition::{Refused, apply};
 use replank_core::words::{ComponentName, IdempotencyKey, JobId, Nonce};
 use tokio::sync::watch;
 

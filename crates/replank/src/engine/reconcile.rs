@@ -5,11 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use replank_core::decide::{Action, Decision, Ended, Streaks, TaskId, Tasks, View, ask, decide};
+use replank_core::event::Event;
 use replank_core::fault::Class;
 use replank_core::phase::{Confirming, Phase, State};
 use replank_core::ports::{LedgerError, Observation, Presence};
 use replank_core::record::Record;
-use replank_core::transition::{Event, apply};
+use replank_core::transition::apply;
 use replank_core::words::Millis;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;

@@ -1,12 +1,14 @@
-//! Full disks: the application's home, and the engine's data.
+//! Disks that are full, and disks that are no place for a ledger.
 
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use replank_testbed::EngineOptions;
 use replank_testbed::remains::Scratch;
 use replank_testbed::repo::Entry;
+use replank_testbed::{EngineOptions, process};
 
-use crate::rig::{JOB_LIMIT, Options, Rig, Small, release, said};
+use crate::rig::{JOB_LIMIT, Options, Rig, Small, refused, release, said};
 
 #[test]
 fn a_full_home_is_told_and_the_job_can_be_started_again() {
@@ -18,7 +20,7 @@ fn a_full_home_is_told_and_the_job_can_be_started_again() {
 
     let out = rig.cli(&["start", "0.1.1", "--yes", "--no-wait"]);
     eprintln!("{}", said(&out).trim());
-    crate::rig::refused(&out, 4, &["full", "free space"]);
+    refused(&out, 4, &["full", "free space"]);
     // Reading goes on.
     assert_eq!(rig.status()["state"], "succeeded");
 
@@ -71,4 +73,42 @@ fn a_full_engine_fails_the_build_with_advice() {
     rig.fails("0.1.1", &["the build of app failed", "space"]);
     rig.goes_on("0.2.0");
     drop(rig);
+}
+
+/// The home lies on a file system in user space, as sshfs and mounted buckets are.
+#[test]
+fn a_ledger_on_a_network_file_system_is_refused() {
+    let place = Scratch::create().unwrap();
+    let shared = Shared::mount(place.path());
+    let rig = Rig::prepare(Options { home: Some(place.path().join("home")), ..Options::default() });
+    let config = std::fs::read_to_string(rig.home.join("replank.toml")).unwrap();
+    std::fs::write(shared.0.join("replank.toml"), config).unwrap();
+    let file = shared.0.join("replank.toml");
+    for command in [&["serve"][..], &["deploy"], &["token", "create", "someone", "--role", "reader"]] {
+        let config = ["--config", file.to_str().unwrap()];
+        let out = rig.cli(&[&config, command].concat());
+        let line = refused(&out, 1, &["lies on FUSE", "a directory on a local disk"]);
+        assert!(line.contains(shared.0.join("ledger").to_str().unwrap()), "{line}");
+    }
+    let left: Vec<_> = std::fs::read_dir(shared.0.join("ledger")).unwrap().collect();
+    assert!(left.is_empty(), "something was made: {left:?}");
+}
+
+/// A directory seen through FUSE; unmounted when dropped.
+struct Shared(PathBuf);
+
+impl Shared {
+    fn mount(place: &Path) -> Self {
+        let (real, seen) = (place.join("real"), place.join("seen"));
+        std::fs::create_dir(&real).unwrap();
+        std::fs::create_dir(&seen).unwrap();
+        process::run(Command::new("bindfs").arg(&real).arg(&seen)).expect("the mount");
+        Self(seen)
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        process::run(Command::new("umount").arg("--lazy").arg(&self.0)).ok();
+    }
 }

@@ -1,0 +1,127 @@
+//! What can happen to an upgrade, each with its data: an operator's word, what the driver did and saw, what the remote shows.
+
+use serde::{Deserialize, Serialize};
+
+use crate::fault::Told;
+use crate::phase::{Built, Fetched, Op, WayBack};
+use crate::record::{Actor, ControllerId, Deployment, Job, Latest};
+use crate::words::{ComponentName, Millis};
+
+/// Something that happened, or that is about to be done and is recorded first.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    // An operator's.
+    Start {
+        job: Box<Job>,
+        override_quarantine: bool,
+    },
+    RollbackStarted {
+        actor: Actor,
+        reason: String,
+    },
+    Cancelled {
+        actor: Actor,
+        reason: String,
+    },
+    Reset {
+        actor: Actor,
+        reason: String,
+    },
+    Kept {
+        actor: Actor,
+    },
+    TrackCommits {
+        actor: Actor,
+        on: bool,
+    },
+    // The remote's.
+    RefsSeen {
+        latest: Latest,
+    },
+    // The driver's.
+    HandedOver {
+        to: ControllerId,
+    },
+    TookOver {
+        by: ControllerId,
+    },
+    Claimed,
+    Fetched(Fetched),
+    BuildIntended {
+        component: ComponentName,
+    },
+    BuildDone {
+        component: ComponentName,
+        built: Built,
+    },
+    BuildsComplete,
+    Prepared {
+        to: Box<Deployment>,
+        way_back: WayBack,
+        escape_hatch: Vec<String>,
+    },
+    /// An operation is about to be done; again, when its attempt is above one.
+    OpIntended {
+        op: Op,
+    },
+    OpObserved {
+        op: Op,
+    },
+    Landed,
+    CutOverIntended,
+    Converged {
+        deadline: Millis,
+    },
+    FlipIntended {
+        why: String,
+    },
+    Completed,
+    Failed {
+        fault: Told,
+    },
+    FlippedBack,
+    RolledBack,
+    /// At rest: traffic or the reboot policy is not what the record says and is about to be put right.
+    RepairIntended {
+        why: String,
+    },
+    /// At rest: the snapshot's time is over, or it can no longer be restored.
+    SnapshotDropped {
+        why: String,
+    },
+}
+
+impl Event {
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Start { .. } => "start",
+            Self::RollbackStarted { .. } => "rollback_start",
+            Self::Cancelled { .. } => "cancelled",
+            Self::Reset { .. } => "reset",
+            Self::Kept { .. } => "kept",
+            Self::TrackCommits { .. } => "track_commits",
+            Self::RefsSeen { .. } => "candidate_detected",
+            Self::HandedOver { .. } => "handed_over",
+            Self::TookOver { .. } => "took_over",
+            Self::Claimed => "claimed",
+            Self::Fetched(_) => "fetched",
+            Self::BuildIntended { .. } => "build_intended",
+            Self::BuildDone { .. } => "built",
+            Self::BuildsComplete => "builds_complete",
+            Self::Prepared { .. } => "escape_hatch",
+            Self::OpIntended { .. } => "intended",
+            Self::OpObserved { .. } => "observed",
+            Self::Landed => "landed",
+            Self::CutOverIntended => "cut_over_intended",
+            Self::Converged { .. } => "converged",
+            Self::FlipIntended { .. } => "flip_intended",
+            Self::Completed => "succeeded",
+            Self::Failed { .. } => "failed",
+            Self::FlippedBack => "flipped_back",
+            Self::RolledBack => "rollback_done",
+            Self::RepairIntended { .. } => "repair_intended",
+            Self::SnapshotDropped { .. } => "snapshot_dropped",
+        }
+    }
+}
