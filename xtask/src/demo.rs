@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use replank_testbed::cleanup::{is_stopping, leave_it_to_the_signal};
 use replank_testbed::installed::{InstallOptions, Installed, Leftovers, home_in};
 use replank_testbed::load::Load;
 use replank_testbed::{Engine, process, sample};
@@ -61,7 +62,9 @@ pub fn run(options: &Options) -> Result<ExitCode> {
 
 /// Progress goes to stderr, so that the last line of stdout is the result alone.
 fn say(text: &str) {
-    eprintln!("demo: {text}");
+    if !is_stopping() {
+        eprintln!("demo: {text}");
+    }
 }
 
 fn options_of(world: &World) -> InstallOptions {
@@ -125,6 +128,7 @@ async fn auto(options: &Options, world: &World, installed: &Installed) -> Result
     let mut measured = Measured::default();
     let played = play(world, installed, &load, &mut measured).await;
     let totals = load.stop().await;
+    leave_it_to_the_signal();
     for failure in &totals.failures {
         say(&format!("failed request: {failure}"));
     }

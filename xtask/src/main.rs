@@ -11,6 +11,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use replank_testbed::cleanup::leave_it_to_the_signal;
 
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", about = "Everything a developer of Replank types")]
@@ -35,7 +36,9 @@ enum Task {
 }
 
 fn main() -> ExitCode {
-    match run() {
+    let ended = run();
+    leave_it_to_the_signal();
+    match ended {
         Ok(code) => code,
         Err(error) => {
             eprintln!("xtask: {error:#}");

@@ -1,5 +1,6 @@
 //! What must be cleaned up when the process ends by a signal, when no destructor runs.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 
@@ -12,6 +13,20 @@ pub trait CleanUp: Send + Sync {
 }
 
 static ALIVE: Mutex<Vec<Weak<dyn CleanUp>>> = Mutex::new(Vec::new());
+
+static STOPPING: AtomicBool = AtomicBool::new(false);
+
+/// A signal came: what fails from now on fails because everything is being taken away, and is not worth telling.
+pub fn is_stopping() -> bool {
+    STOPPING.load(Ordering::SeqCst)
+}
+
+/// Where a signal came, waits for the clean-up to end the process: a `main` that returned first would cut it short.
+pub fn leave_it_to_the_signal() {
+    while is_stopping() {
+        thread::park();
+    }
+}
 
 /// Remembers `it` for [`all`]; forgotten when it is dropped.
 pub(crate) fn register(it: Weak<dyn CleanUp>) {
@@ -47,6 +62,7 @@ pub fn on_signals() -> Result<()> {
                 _ = hup.recv() => 1,
             }
         });
+        STOPPING.store(true, Ordering::SeqCst);
         eprintln!("\nstopping: cleaning up");
         all();
         #[expect(clippy::disallowed_methods, reason = "the one clean-up there is has just run")]
