@@ -35,6 +35,15 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         let mut clippy = build.cargo(&["clippy", "--workspace", "--all-targets"]);
         clippy.args(["--", "--deny", "warnings"]);
         step("lints", clippy)?;
+        // Building it takes longer than all tests, and its advisories need the network: where it is, it is used.
+        if process::run(Command::new("cargo").args(["deny", "--version"])).is_ok() {
+            step(
+                "licences, bans and sources of dependencies",
+                build_free(&["deny", "check", "bans", "licenses", "sources"]),
+            )?;
+        } else {
+            eprintln!("cargo-deny is not installed: dependencies are held to xtask's own list alone");
+        }
     }
     // All of it in one go, as the test runner builds it: naming one package would choose other features, and build twice.
     step("that everything builds", build.cargo(&["build", "--workspace", "--all-targets"]))?;
