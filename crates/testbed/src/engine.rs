@@ -28,11 +28,6 @@ const READY_LIMIT: Duration = Duration::from_secs(60);
 const STOP_LIMIT: Duration = Duration::from_secs(25);
 const SHUTDOWN_SECONDS: u32 = 10;
 
-/// BuildKit inside the engine clips what a step prints, in size and speed: what a builder does with a flood would never show.
-/// 20.10 takes -1 for a limit as well, and with the largest 32-bit number it sends empty messages without end.
-const WHOLE_LOGS: [(&str, &str); 2] =
-    [("BUILDKIT_STEP_LOG_MAX_SIZE", "1500000000"), ("BUILDKIT_STEP_LOG_MAX_SPEED", "100000000")];
-
 /// One question to the engine's socket while waiting for it.
 const PING_LIMIT: Duration = Duration::from_secs(5);
 
@@ -43,8 +38,6 @@ pub struct EngineOptions {
     /// Where the engine keeps images and containers instead of its temporary directory, such as a small mount that can be
     /// filled up. Not removed at the end.
     pub data_root: Option<PathBuf>,
-    /// Do not clip what build steps print.
-    pub whole_logs: bool,
 }
 
 /// Dropping a private engine removes it with all its containers, images, networks and mounts.
@@ -61,7 +54,6 @@ struct Own {
     dockerd: PathBuf,
     data_root: PathBuf,
     range: Range,
-    whole_logs: bool,
     arguments: Vec<String>,
     state: Mutex<State>,
 }
@@ -102,7 +94,6 @@ impl Engine {
             dockerd,
             data_root: options.data_root.clone().unwrap_or_else(|| remains.dir().join("data")),
             range,
-            whole_logs: options.whole_logs,
             arguments: options.arguments.clone(),
             state: Mutex::new(State { child: None, remains: Some(remains) }),
         });
@@ -343,8 +334,7 @@ impl Own {
         ];
         arguments.extend(self.arguments.iter().cloned());
         let log = at("engine.log");
-        let environment: &[_] = if self.whole_logs { &WHOLE_LOGS } else { &[] };
-        state.child = Some(process::spawn_tied(&self.dockerd, &arguments, environment, Path::new(&log))?);
+        state.child = Some(process::spawn_tied(&self.dockerd, &arguments, &[], Path::new(&log))?);
         Ok(())
     }
 }

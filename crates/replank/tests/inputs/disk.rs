@@ -62,11 +62,7 @@ fn a_full_home_is_told_and_the_job_can_be_started_again() {
 fn a_full_engine_fails_the_build_with_advice() {
     let place = Scratch::create().unwrap();
     let small = Small::mount(&place.path().join("data"), 300);
-    let engine = EngineOptions {
-        arguments: vec!["--storage-driver=vfs".to_owned()],
-        data_root: Some(small.0.clone()),
-        whole_logs: false,
-    };
+    let engine = EngineOptions { arguments: vec!["--storage-driver=vfs".to_owned()], data_root: Some(small.0.clone()) };
     let mut rig = Rig::start(Options { engine, ..Options::default() });
     let big = "FROM testbed/busybox\nRUN dd if=/dev/zero of=/big bs=1M count=400\n";
     rig.publish("0.1.1", &[Entry::file("app/Dockerfile", big)]);
