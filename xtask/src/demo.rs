@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use replank_testbed::cleanup::{is_stopping, leave_it_to_the_signal};
-use replank_testbed::installed::{InstallOptions, Installed, Leftovers, home_in};
+use replank_testbed::installed::{InstallOptions, Installed, home_in};
 use replank_testbed::load::Load;
 use replank_testbed::{Engine, process, sample};
 use serde_json::{Value, json};
@@ -53,8 +53,6 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
         let installed = Installed::prepare(options_of(&world))?;
-        // An engine of our own goes as a whole; somebody else's keeps everything but what this demo made.
-        let _leftovers = world.engine.pid().is_none().then(|| Leftovers::of(&installed));
         deploy(&installed)?;
         if options.auto { auto(options, &world, &installed).await } else { by_hand(&world, &installed).await }
     })

@@ -2,9 +2,11 @@
 
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use replank_testbed::leftovers::Leftovers;
 use replank_testbed::remains::Scratch;
 use replank_testbed::{
     Engine, EngineOptions, GitServer, GitServerOptions, Registry, Sample, SampleOptions, cleanup, engine, images,
@@ -32,6 +34,7 @@ pub(crate) struct World {
     pub(crate) git: GitServer,
     pub(crate) sample: Sample,
     pub(crate) registry: Registry,
+    _leftovers: Option<Arc<Leftovers>>,
     pub(crate) engine: Engine,
     /// Holds the repositories that the git server serves.
     pub(crate) scratch: Scratch,
@@ -48,6 +51,8 @@ impl World {
         let machine = setup::ensure()?;
         let scratch = Scratch::create()?;
         let engine = timed("engine", || machine.engine(&EngineOptions::default()))?;
+        // An engine of our own goes as a whole; somebody else's keeps everything but what this run makes.
+        let leftovers = engine.pid().is_none().then(|| Leftovers::watch(&engine)).transpose()?;
         // Containers reach the gateway's address as well as this machine does, so one name is right for both. The machine's
         // own engine trusts a registry without TLS on loopback only.
         let gateway = engine.gateway().map(IpAddr::V4);
@@ -62,7 +67,7 @@ impl World {
             let options = GitServerOptions { bind: gateway.unwrap_or(loopback), sign_in: None };
             Ok((GitServer::start(scratch.path(), &options)?, sample))
         })?;
-        Ok(Self { git, sample, registry, engine, scratch, replank })
+        Ok(Self { git, sample, registry, _leftovers: leftovers, engine, scratch, replank })
     }
 
     /// Names and values of what leads tests here.

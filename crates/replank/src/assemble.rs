@@ -223,7 +223,9 @@ impl Recipes for ReleaseRecipes {
             .await
             .map_err(|e| Fault::permanent("the release's manifest could not be read").because(e))??;
         let manifest = match bytes {
-            Some(bytes) => manifest::Manifest::parse_bytes(&bytes).map_err(|problems| refused(problems.to_string()))?,
+            Some(bytes) => {
+                manifest::Manifest::parse_bytes(&bytes).map_err(|problems| refused(problems.in_one_line()))?
+            }
             None => manifest::Manifest::default(),
         };
         let missing = manifest.missing(&self.settings, running.map(|r| &r.version));

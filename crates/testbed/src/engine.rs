@@ -334,7 +334,7 @@ impl Own {
         ];
         arguments.extend(self.arguments.iter().cloned());
         let log = at("engine.log");
-        state.child = Some(process::spawn_tied(&self.dockerd, &arguments, &[], Path::new(&log))?);
+        state.child = Some(process::spawn_tied(&self.dockerd, &arguments, Path::new(&log))?);
         Ok(())
     }
 }

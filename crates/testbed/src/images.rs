@@ -19,6 +19,8 @@ pub const CC: &str = "testbed/cc";
 pub const RUNTIME_BASE: &str = "testbed/runtime-base";
 /// The image that an application's controller component is made from.
 pub const RUNTIME: &str = "replank-runtime";
+/// All of them, those first that others stand on.
+pub const ALL: [&str; 4] = [BUSYBOX, CC, RUNTIME_BASE, RUNTIME];
 
 /// Counted up when what is done to the packages changes, so that older cached roots are not used.
 const CACHE_FORMAT: u32 = 1;

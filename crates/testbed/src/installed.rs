@@ -9,8 +9,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
-use crate::cleanup::{self, CleanUp};
-use crate::{Engine, process};
+use crate::process;
+
+/// The application's name.
+pub const APPLICATION: &str = "sample";
 
 /// What an installation is made of.
 #[derive(Debug, Clone)]
@@ -196,7 +198,7 @@ fn configuration(options: &InstallOptions, ports: Ports) -> String {
         format!("[listeners.{name}]\npublish = {publish}\ncontainer = \"{container}\"\nport = {port}\n\n")
     };
     [
-        "application = \"sample\"\n\n".to_owned(),
+        format!("application = \"{APPLICATION}\"\n\n"),
         format!(
             "[source]\nremote = \"{}\"\nbranch = \"main\"\nallow_loopback = true\nallow_private = true\n\n",
             options.remote
@@ -220,66 +222,6 @@ fn configuration(options: &InstallOptions, ports: Ports) -> String {
         listener("upgrade", ports.upgrade, "controller", 8086),
     ]
     .concat()
-}
-
-/// Removes an installation from an engine that stays, when it is dropped or the process ends by a signal: its containers,
-/// networks and images, and nothing that does not carry its id.
-#[derive(Debug)]
-pub struct Leftovers {
-    socket: PathBuf,
-}
-
-impl Leftovers {
-    #[must_use]
-    pub fn of(installed: &Installed) -> std::sync::Arc<Self> {
-        let this = std::sync::Arc::new(Self { socket: installed.options.socket.clone() });
-        let weak: std::sync::Weak<Self> = std::sync::Arc::downgrade(&this);
-        cleanup::register(weak);
-        this
-    }
-
-    fn remove(&self) -> Result<()> {
-        let engine = Engine::attach(&self.socket)?;
-        let label = "{{index .Config.Labels \"io.replank.installation\"}}";
-        let id = engine.docker(&["inspect", "-f", label, "replank-sample-proxy"])?;
-        let filter = format!("label=io.replank.installation={}", id.trim());
-        // Controllers go on while they are removed, and make and remove things too: look again until nothing is left.
-        for _ in 0..5 {
-            let mut left = 0;
-            for (list, remove) in [
-                (&["ps", "-aq"][..], &["rm", "-fv"][..]),
-                (&["network", "ls", "-q"], &["network", "rm"]),
-                (&["images", "-q"], &["rmi", "-f"]),
-            ] {
-                let found = engine.docker(&[list, &["--filter", &filter]].concat())?;
-                let ids: Vec<&str> = found.split_whitespace().collect();
-                left += ids.len();
-                if !ids.is_empty()
-                    && let Err(error) = engine.docker(&[remove, &ids].concat())
-                {
-                    eprintln!("not everything could be removed yet: {error:#}");
-                }
-            }
-            if left == 0 {
-                return Ok(());
-            }
-        }
-        Ok(())
-    }
-}
-
-impl CleanUp for Leftovers {
-    fn clean_up(&self) {
-        if let Err(error) = self.remove() {
-            eprintln!("the demo's containers may still be there: {error:#}");
-        }
-    }
-}
-
-impl Drop for Leftovers {
-    fn drop(&mut self) {
-        self.clean_up();
-    }
 }
 
 /// The state directory of an installation inside `root`.

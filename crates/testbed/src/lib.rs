@@ -10,6 +10,7 @@ pub mod engine;
 pub mod git;
 pub mod images;
 pub mod installed;
+pub mod leftovers;
 pub mod load;
 mod net;
 pub mod process;

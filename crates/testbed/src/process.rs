@@ -87,7 +87,7 @@ pub(crate) fn wait(child: &mut Child, limit: Duration) -> Result<Option<std::pro
 ///
 /// The kernel ties the child to the thread that forked it, so all of them are forked by one thread that never ends:
 /// otherwise a server started from a test's or a runtime's thread would die with that thread.
-pub(crate) fn spawn_tied(program: &Path, args: &[String], environment: &[(&str, &str)], log: &Path) -> Result<Child> {
+pub(crate) fn spawn_tied(program: &Path, args: &[String], log: &Path) -> Result<Child> {
     type Order = (Command, mpsc::Sender<std::io::Result<Child>>);
     static SPAWNER: OnceLock<mpsc::Sender<Order>> = OnceLock::new();
     let spawner = SPAWNER.get_or_init(|| {
@@ -109,7 +109,6 @@ pub(crate) fn spawn_tied(program: &Path, args: &[String], environment: &[(&str, 
         .args(["--pdeathsig", "KILL"])
         .arg(program)
         .args(args)
-        .envs(environment.iter().copied())
         .stdin(Stdio::null())
         .stdout(file.try_clone()?)
         .stderr(file)

@@ -189,7 +189,7 @@ impl Own {
         std::fs::write(&config, serde_json::to_vec_pretty(&content)?)?;
         let log = dir.join("registry.log");
         let arguments = ["serve".to_owned(), config.display().to_string()];
-        state.child = Some(process::spawn_tied(&self.program, &arguments, &[], &log)?);
+        state.child = Some(process::spawn_tied(&self.program, &arguments, &log)?);
         Ok(log)
     }
 }

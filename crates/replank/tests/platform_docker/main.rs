@@ -385,10 +385,31 @@ async fn the_proxy_is_made_once_and_never_changed_by_the_way() {
     other.listeners.get_mut("web").expect("web").publish += 1;
     let other = DockerPlatform::new(other, Vantage::Host, app.clock()).expect("platform");
     let fault = other.ensure_proxy(&app.proxy_image).await.expect_err("other listeners");
-    assert!(fault.class == Class::Permanent && fault.advice.contains("proxy upgrade"), "{}", fault.chain());
+    assert!(
+        fault.class == Class::Permanent && fault.advice.contains("leave [listeners], [proxy] and home as they were"),
+        "{}",
+        fault.chain()
+    );
     let fault = app.platform.ensure_proxy(&app.image("0.1.0")).await.expect_err("other image");
-    assert!(fault.advice.contains("proxy upgrade"), "{}", fault.chain());
+    assert!(fault.advice.contains("leave [listeners], [proxy] and home as they were"), "{}", fault.chain());
     assert_eq!(app.docker(&["inspect", "-f", "{{.Id}}", &proxy]), id);
+
+    // A home that is not root's: the proxy runs as its owner, as it has no power to reach into another's directory.
+    app.docker(&["rm", "--force", &proxy]);
+    let directory = app.config.proxy_dir();
+    std::fs::remove_dir_all(&directory).expect("removed");
+    std::fs::create_dir(&directory).expect("made");
+    std::os::unix::fs::chown(&directory, Some(4242), Some(4243)).expect("given away");
+    app.platform.ensure_proxy(&app.proxy_image).await.expect("it answers");
+    assert_eq!(app.docker(&["inspect", "-f", "{{.Config.User}}", &proxy]), "4242:4243");
+
+    // One that cannot answer is told at once, with its own words.
+    app.docker(&["rm", "--force", &proxy]);
+    std::fs::remove_file(app.config.control_socket()).expect("removed");
+    std::fs::create_dir(app.config.control_socket()).expect("in its way");
+    let fault = app.platform.ensure_proxy(&app.proxy_image).await.expect_err("no proxy");
+    println!("{}", fault.chain());
+    assert!(fault.what.contains("does not answer") && fault.what.contains("control.sock"), "{}", fault.chain());
 }
 
 #[tokio::test(flavor = "multi_thread")]

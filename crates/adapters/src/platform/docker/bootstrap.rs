@@ -2,13 +2,15 @@
 
 use std::collections::HashMap;
 use std::io::Write as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use bollard::models::{
     ContainerCreateBody, EndpointSettings, HostConfig, Mount, MountType, NetworkingConfig, PortBinding,
     RestartPolicyNameEnum,
 };
-use bollard::query_parameters::{CreateContainerOptions, CreateImageOptions, StartContainerOptions};
+use bollard::query_parameters::{CreateContainerOptions, CreateImageOptions, LogsOptions, StartContainerOptions};
 use bytes::Bytes;
 use futures_util::TryStreamExt as _;
 use replank_core::fault::Fault;
@@ -23,9 +25,12 @@ use crate::engine::{Engine, classify, is_missing};
 
 /// Largest binary that is made into an image: it goes through memory. A debug build is far below this.
 const BINARY_MAX: u64 = 512 * 1024 * 1024;
+/// A proxy answers within milliseconds; a busy engine may take seconds to start its container.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+const ANSWER_EVERY: Duration = Duration::from_millis(20);
 /// Repository of images made from a binary.
 const REPOSITORY: &str = "replank-proxy";
-const UPGRADE: &str = "an application's deployment never changes the proxy: use `replank proxy upgrade`";
+const UPGRADE: &str = "a deployment never changes the proxy, as that would drop requests: leave [listeners], [proxy] and home as they were";
 
 /// Where a listener's certificate and key are in the proxy's container: their directories are mounted, so that files
 /// that are replaced there are seen.
@@ -94,7 +99,7 @@ pub(super) async fn ensure_proxy(platform: &DockerPlatform, image: &str) -> Resu
         write_config(config)?;
         let network = names::proxy_network(&config.application);
         work.network(&network, platform.owner.labels(labels::ROLE_NETWORK)).await?;
-        let body = body(platform, &image_id, &network, &fingerprint);
+        let body = body(platform, &image_id, &network, &fingerprint, user_of(&config.proxy_dir())?);
         let options = CreateContainerOptions { name: Some(name.clone()), ..Default::default() };
         engine
             .docker()
@@ -111,7 +116,43 @@ pub(super) async fn ensure_proxy(platform: &DockerPlatform, image: &str) -> Resu
     engine.docker().start_container(&name, None::<StartContainerOptions>).await.map_err(|error| {
         classify(error, &format!("the proxy {name} cannot be started"))
             .advice("check that nothing else uses the published ports")
-    })
+    })?;
+    until_it_answers(platform, &engine, &name).await
+}
+
+/// A deployment without a proxy would find out much later, when its probes fail.
+async fn until_it_answers(platform: &DockerPlatform, engine: &Engine, name: &str) -> Result<(), Fault> {
+    let answers = async {
+        while platform.proxy.state().await.is_err() {
+            tokio::time::sleep(ANSWER_EVERY).await;
+        }
+    };
+    if tokio::time::timeout(ANSWER_LIMIT, answers).await.is_ok() {
+        return Ok(());
+    }
+    let options = LogsOptions { stdout: true, stderr: true, tail: "3".to_owned(), ..Default::default() };
+    let mut words: Vec<String> = engine
+        .docker()
+        .logs(name, Some(options))
+        .map_ok(|line| String::from_utf8_lossy(&line.into_bytes()).trim().to_owned())
+        .try_collect()
+        .await
+        .unwrap_or_default();
+    // It is started again and again, and says the same each time.
+    words.dedup();
+    let said = if words.is_empty() { "nothing".to_owned() } else { words.join(" / ") };
+    let socket = platform.proxy.socket().display();
+    Err(Fault::permanent(format!("the proxy {name} was started and does not answer at {socket}; it said: {said}"))
+        .advice(format!("mend what it says, remove it with `docker rm --force {name}`, and deploy again")))
+}
+
+/// The proxy runs as whoever owns its directory: it has none of root's powers to reach into somebody else's.
+fn user_of(directory: &Path) -> Result<String, Fault> {
+    let owner = std::fs::metadata(directory).map_err(|error| {
+        Fault::permanent(format!("the owner of the proxy's directory {} is not known", directory.display()))
+            .because(error)
+    })?;
+    Ok(format!("{}:{}", owner.uid(), owner.gid()))
 }
 
 fn write_config(config: &DockerConfig) -> Result<(), Fault> {
@@ -137,7 +178,13 @@ fn write_config(config: &DockerConfig) -> Result<(), Fault> {
     write().map_err(fault)
 }
 
-fn body(platform: &DockerPlatform, image_id: &str, network: &str, fingerprint: &str) -> ContainerCreateBody {
+fn body(
+    platform: &DockerPlatform,
+    image_id: &str,
+    network: &str,
+    fingerprint: &str,
+    user: String,
+) -> ContainerCreateBody {
     let config = &platform.config;
     let directory = config.proxy_dir().display().to_string();
     let bind = |source: String, target: String, read_only: bool| Mount {
@@ -169,7 +216,7 @@ fn body(platform: &DockerPlatform, image_id: &str, network: &str, fingerprint: &
         readonly_rootfs: Some(true),
         privileged: Some(false),
         cap_drop: Some(vec!["ALL".to_owned()]),
-        // Ports below 1024.
+        // Ports below 1024, where it is root; for everybody else the engine opens them inside containers.
         cap_add: Some(vec!["NET_BIND_SERVICE".to_owned()]),
         security_opt: Some(vec!["no-new-privileges".to_owned()]),
         memory: config.proxy.memory_bytes.and_then(|bytes| i64::try_from(bytes).ok()),
@@ -178,6 +225,7 @@ fn body(platform: &DockerPlatform, image_id: &str, network: &str, fingerprint: &
     let endpoint = EndpointSettings::default();
     ContainerCreateBody {
         image: Some(image_id.to_owned()),
+        user: Some(user),
         // The entry point is the image's: `replank`.
         cmd: Some(vec!["proxy".to_owned(), "--dir".to_owned(), directory]),
         labels: Some(labels.into_iter().collect()),

@@ -8,13 +8,9 @@ use replank_core::image::ImageId;
 use replank_core::record::Deployment;
 use replank_core::words::{AppName, CommitSha, ComponentName, ContainerName, InstallationId, OpKey, RevisionId};
 
-pub const INSTALLATION: &str = "io.replank.installation";
-pub const APPLICATION: &str = "io.replank.application";
+pub use crate::labels::{APPLICATION, COMMIT, COMPONENT, INSTALLATION, KEY};
 pub const REVISION: &str = "io.replank.revision";
 pub const CONTAINER: &str = "io.replank.container";
-pub const COMPONENT: &str = "io.replank.component";
-pub const KEY: &str = "io.replank.key";
-pub const COMMIT: &str = "io.replank.commit";
 pub const ROLE: &str = "io.replank.role";
 /// The intended image, as JSON.
 pub const IMAGE: &str = "io.replank.image";

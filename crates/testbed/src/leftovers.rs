@@ -1,0 +1,119 @@
+//! What a run leaves on an engine that is not its own, and its removal: everything else there stays as it is.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::{Arc, Weak};
+
+use anyhow::Result;
+
+use crate::cleanup::{self, CleanUp};
+use crate::installed::APPLICATION;
+use crate::{Engine, images};
+
+/// Controllers go on while they are removed, and make and remove things too.
+const ROUNDS: usize = 5;
+
+/// Kinds of things: how they are listed, where their labels stand, and how they are removed.
+const KINDS: [(&[&str], &str, &[&str]); 3] = [
+    (&["ps", "--all", "--quiet"], ".Config.Labels", &["rm", "--force", "--volumes"]),
+    (&["network", "ls", "--quiet"], ".Labels", &["network", "rm"]),
+    (&["images", "--quiet"], ".Config.Labels", &["rmi", "--force"]),
+];
+
+/// Removes what came after it, when it is dropped or the process ends by a signal: installations of the sample that were not
+/// there before, with their containers, networks and images, and the testbed's base images.
+#[derive(Debug)]
+pub struct Leftovers {
+    socket: PathBuf,
+    installations: BTreeSet<String>,
+    base_images: BTreeSet<&'static str>,
+}
+
+impl Leftovers {
+    /// Looks at what is there before anything is made.
+    ///
+    /// # Errors
+    /// When the engine does not answer.
+    pub fn watch(engine: &Engine) -> Result<Arc<Self>> {
+        let installations = of_sample(engine)?.into_iter().map(|thing| thing.installation).collect();
+        let there = |name: &&str| engine.docker(&["image", "inspect", name]).is_ok();
+        let base_images = images::ALL.into_iter().filter(|name| !there(name)).collect();
+        let this = Arc::new(Self { socket: engine.socket().to_owned(), installations, base_images });
+        let weak: Weak<Self> = Arc::downgrade(&this);
+        cleanup::register(weak);
+        Ok(this)
+    }
+
+    fn remove(&self) -> Result<()> {
+        let engine = Engine::attach(&self.socket)?;
+        for _ in 0..ROUNDS {
+            let left: Vec<_> =
+                of_sample(&engine)?.into_iter().filter(|t| !self.installations.contains(&t.installation)).collect();
+            if left.is_empty() {
+                break;
+            }
+            for (kind, (_, _, remove)) in KINDS.iter().enumerate() {
+                let ids: Vec<&str> = left.iter().filter(|t| t.kind == kind).map(|t| t.id.as_str()).collect();
+                if !ids.is_empty()
+                    && let Err(error) = engine.docker(&[remove, ids.as_slice()].concat())
+                {
+                    eprintln!("not everything could be removed yet: {error:#}");
+                }
+            }
+        }
+        for image in images::ALL.iter().rev().filter(|name| self.base_images.contains(*name)) {
+            // Where the run ended early it was never made.
+            if engine.docker(&["image", "inspect", image]).is_ok() {
+                engine.docker(&["rmi", image])?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl CleanUp for Leftovers {
+    fn clean_up(&self) {
+        if let Err(error) = self.remove() {
+            eprintln!("something may be left on the engine at {}: {error:#}", self.socket.display());
+        }
+    }
+}
+
+impl Drop for Leftovers {
+    fn drop(&mut self) {
+        self.clean_up();
+    }
+}
+
+struct Thing {
+    /// Index in [`KINDS`].
+    kind: usize,
+    id: String,
+    installation: String,
+}
+
+/// Everything on the engine that belongs to an installation of the sample.
+fn of_sample(engine: &Engine) -> Result<Vec<Thing>> {
+    let of_any = things(engine, "io.replank.installation")?;
+    // The proxy's image is shared by all applications and names none.
+    let of_sample = things(engine, &format!("io.replank.application={APPLICATION}"))?;
+    let ids: BTreeSet<String> = of_sample.into_iter().map(|thing| thing.installation).collect();
+    Ok(of_any.into_iter().filter(|thing| ids.contains(&thing.installation)).collect())
+}
+
+fn things(engine: &Engine, label: &str) -> Result<Vec<Thing>> {
+    let filter = format!("label={label}");
+    let mut all = Vec::new();
+    for (kind, (list, labels, _)) in KINDS.iter().enumerate() {
+        let listed = engine.docker(&[list, &["--filter", &filter][..]].concat())?;
+        // An image with two names is listed twice.
+        for id in listed.split_whitespace().collect::<BTreeSet<_>>() {
+            let format = format!("{{{{index {labels} \"io.replank.installation\"}}}}");
+            // What has gone meanwhile is not there.
+            if let Ok(installation) = engine.docker(&["inspect", "--format", &format, id]) {
+                all.push(Thing { kind, id: id.to_owned(), installation: installation.trim().to_owned() });
+            }
+        }
+    }
+    Ok(all)
+}
