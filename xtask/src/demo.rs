@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use replank_testbed::cleanup::{is_stopping, leave_it_to_the_signal};
 use replank_testbed::installed::{InstallOptions, Installed, home_in};
 use replank_testbed::load::Load;
-use replank_testbed::{Engine, process, sample};
+use replank_testbed::{Engine, images, process, sample};
 use serde_json::{Value, json};
 
 use crate::build::{Build, Profile};
@@ -177,7 +177,7 @@ async fn play(world: &World, installed: &Installed, load: &Load, measured: &mut 
     let container = format!("replank-sample-{}-controller", text(&row, "running_revision"));
     let pid = world.engine.docker(&["inspect", "-f", "{{.State.Pid}}", &container])?;
     let killed = Instant::now();
-    process::run(std::process::Command::new("kill").args(["-9", pid.trim()]))?;
+    kill(&world.engine, pid.trim())?;
     measured.resume_seconds = resumed(installed, before, killed).await?;
     say(&format!("the successor went on after {:.1} s", measured.resume_seconds));
     installed.until_state(UPGRADE_LIMIT, states, &["confirming"]).await?;
@@ -226,6 +226,15 @@ async fn play(world: &World, installed: &Installed, load: &Load, measured: &mut 
 
 fn text<'a>(row: &'a Value, field: &str) -> &'a str {
     row[field].as_str().unwrap_or_default()
+}
+
+/// `docker kill` would also keep the engine from starting it again, so the kill comes from beside: from this process, or from a
+/// container where the engine belongs to somebody else and its processes are not ours to kill.
+fn kill(engine: &Engine, pid: &str) -> Result<()> {
+    if engine.pid().is_some() {
+        return process::run(std::process::Command::new("kill").args(["-9", pid])).map(drop);
+    }
+    engine.docker(&["run", "--rm", "--pid", "host", "--network", "none", images::BUSYBOX, "kill", "-9", pid]).map(drop)
 }
 
 /// Seconds from the kill to the first event that was recorded after it.

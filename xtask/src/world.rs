@@ -52,7 +52,7 @@ impl World {
         let scratch = Scratch::create()?;
         let engine = timed("engine", || machine.engine(&EngineOptions::default()))?;
         // An engine of our own goes as a whole; somebody else's keeps everything but what this run makes.
-        let leftovers = engine.pid().is_none().then(|| Leftovers::watch(&engine)).transpose()?;
+        let leftovers = engine.pid().is_none().then(|| Leftovers::watch(&engine, scratch.path())).transpose()?;
         // Containers reach the gateway's address as well as this machine does, so one name is right for both. The machine's
         // own engine trusts a registry without TLS on loopback only.
         let gateway = engine.gateway().map(IpAddr::V4);

@@ -1,7 +1,7 @@
 //! What a run leaves on an engine that is not its own, and its removal: everything else there stays as it is.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
 use anyhow::Result;
@@ -25,20 +25,26 @@ const KINDS: [(&[&str], &str, &[&str]); 3] = [
 #[derive(Debug)]
 pub struct Leftovers {
     socket: PathBuf,
+    scratch: PathBuf,
     installations: BTreeSet<String>,
     base_images: BTreeSet<&'static str>,
 }
 
 impl Leftovers {
-    /// Looks at what is there before anything is made.
+    /// Looks at what is there before anything is made. Below `scratch`, containers will leave files of their own users.
     ///
     /// # Errors
     /// When the engine does not answer.
-    pub fn watch(engine: &Engine) -> Result<Arc<Self>> {
+    pub fn watch(engine: &Engine, scratch: &Path) -> Result<Arc<Self>> {
         let installations = of_sample(engine)?.into_iter().map(|thing| thing.installation).collect();
         let there = |name: &&str| engine.docker(&["image", "inspect", name]).is_ok();
         let base_images = images::ALL.into_iter().filter(|name| !there(name)).collect();
-        let this = Arc::new(Self { socket: engine.socket().to_owned(), installations, base_images });
+        let this = Arc::new(Self {
+            socket: engine.socket().to_owned(),
+            scratch: scratch.to_owned(),
+            installations,
+            base_images,
+        });
         let weak: Weak<Self> = Arc::downgrade(&this);
         cleanup::register(weak);
         Ok(this)
@@ -60,6 +66,12 @@ impl Leftovers {
                     eprintln!("not everything could be removed yet: {error:#}");
                 }
             }
+        }
+        // They are not this user's to remove.
+        let mount = format!("{}:/scratch", self.scratch.display());
+        let remove = ["run", "--rm", "--network", "none", "--volume", &mount, images::BUSYBOX, "sh", "-c"];
+        if engine.docker(&["image", "inspect", images::BUSYBOX]).is_ok() {
+            engine.docker(&[&remove[..], &["rm -rf /scratch/*"]].concat())?;
         }
         for image in images::ALL.iter().rev().filter(|name| self.base_images.contains(*name)) {
             // Where the run ended early it was never made.
