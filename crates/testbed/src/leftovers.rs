@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
 use anyhow::Result;
@@ -28,6 +29,8 @@ pub struct Leftovers {
     scratch: PathBuf,
     installations: BTreeSet<String>,
     base_images: BTreeSet<&'static str>,
+    /// Removed once: a second time, the engine would make the mounted directory anew.
+    done: AtomicBool,
 }
 
 impl Leftovers {
@@ -44,6 +47,7 @@ impl Leftovers {
             scratch: scratch.to_owned(),
             installations,
             base_images,
+            done: AtomicBool::new(false),
         });
         let weak: Weak<Self> = Arc::downgrade(&this);
         cleanup::register(weak);
@@ -85,6 +89,9 @@ impl Leftovers {
 
 impl CleanUp for Leftovers {
     fn clean_up(&self) {
+        if self.done.swap(true, Ordering::SeqCst) {
+            return;
+        }
         if let Err(error) = self.remove() {
             eprintln!("something may be left on the engine at {}: {error:#}", self.socket.display());
         }
