@@ -86,6 +86,7 @@ fn imports(name: &str, text: &str) -> Vec<String> {
         }
         let backwards: &[&str] = match parts.as_slice() {
             ["crates", "core", ..] => &["replank_adapters::", "replank_exec::", "replank::"],
+            ["crates", "exec", ..] => &["replank_core::", "replank_adapters::", "replank::"],
             ["crates", "adapters", ..] => &["replank::"],
             _ => &[],
         };

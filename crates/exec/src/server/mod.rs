@@ -1,0 +1,4 @@
+//! The server's parts.
+
+pub mod config;
+pub mod lines;

@@ -1,0 +1,180 @@
+//! The policy's table: what may be run and what may not, each refusal by the rule that is meant to refuse it.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use proptest::prelude::*;
+use replank_exec::policy::{Allowed, CLONE_ROOT, Denied, Rules, judge};
+use replank_exec::protocol::Request;
+
+const REMOTE: &str = "https://git.example.com/acme/app.git";
+
+fn rules() -> Rules {
+    Rules {
+        remote: Some(REMOTE.to_owned()),
+        registry: Some("platformacr".to_owned()),
+        container_app: Some("platform-app".to_owned()),
+        resource_group: Some("platform-rg".to_owned()),
+        ..Rules::default()
+    }
+}
+
+fn request(line: &str) -> Request {
+    let (cwd, argv) = line.split_once(" | ").unwrap_or_else(|| panic!("no cwd: {line}"));
+    let whole = |word: &str| {
+        word.replace("ROOT", CLONE_ROOT)
+            .replace("REMOTE", REMOTE)
+            .replace("SHA", &"a1".repeat(20))
+            .replace("DIGEST", &"c3".repeat(32))
+            .replace("<_>", " ")
+            .replace("<>", "")
+    };
+    Request { argv: argv.split(' ').map(whole).collect(), cwd: (cwd != "-").then(|| whole(cwd)), ..Request::default() }
+}
+
+fn lines() -> Vec<(&'static str, &'static str)> {
+    let mut expect = "";
+    let mut all = Vec::new();
+    for line in include_str!("policy.txt").lines() {
+        if let Some(rule) = line.strip_prefix("== ") {
+            expect = rule;
+        } else if !line.is_empty() && !line.starts_with('#') {
+            all.push((expect, line));
+        }
+    }
+    all
+}
+
+#[test]
+fn the_table() {
+    let rules = rules();
+    let mut wrong = Vec::new();
+    for (expect, line) in lines() {
+        let found = match judge(&rules, &request(line)) {
+            Ok(_) => "allowed".to_owned(),
+            Err(denied) => denied.to_string(),
+        };
+        if found != expect {
+            wrong.push(format!("{line}\n    expected: {expect}\n    found:    {found}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), wrong.join("\n"));
+    let refused = lines().iter().filter(|(expect, _)| *expect != "allowed").count();
+    assert!(lines().len() >= 150 && refused >= 100, "{} lines, {refused} refused", lines().len());
+    let twice: BTreeSet<_> = lines().into_iter().collect();
+    assert_eq!(twice.len(), lines().len(), "a line stands there twice");
+}
+
+/// What is not configured cannot be bound, so what would need it is refused.
+#[test]
+fn nothing_is_bound_to_what_is_not_set() {
+    type Unset = fn(&mut Rules);
+    let unset: [(&str, Unset); 4] = [
+        ("UPGRADE_GIT_REMOTE", |rules| rules.remote = None),
+        ("PLATFORM_ACR_NAME", |rules| rules.registry = None),
+        ("CONTAINER_APP_NAME", |rules| rules.container_app = None),
+        ("AZURE_RESOURCE_GROUP", |rules| rules.resource_group = None),
+    ];
+    for (name, unset) in unset {
+        let mut rules = rules();
+        unset(&mut rules);
+        let allowed = lines().into_iter().filter(|(expect, _)| *expect == "allowed");
+        let denied: Vec<_> = allowed
+            .filter_map(|(_, line)| judge(&rules, &request(line)).err())
+            .inspect(|denied| assert!(denied.to_string().contains(name), "{name}: {denied}"))
+            .collect();
+        assert!(!denied.is_empty(), "{name} binds nothing");
+    }
+}
+
+#[test]
+fn a_program_that_the_operator_left_out_is_refused() {
+    let mut rules = rules();
+    rules.programs.remove("kubectl");
+    assert_eq!(judge(&rules, &request("- | kubectl get pods")), Err(Denied::Program));
+    assert!(judge(&rules, &request("- | azcopy list")).is_ok());
+}
+
+/// Paths that only the file system can judge are handed on, as absolute ones.
+#[test]
+fn paths_in_the_clone_are_handed_on_to_be_followed() {
+    #[track_caller]
+    fn check(line: &str, expect: &[&str]) {
+        let allowed = judge(&rules(), &request(line)).unwrap();
+        let expect: Vec<PathBuf> = expect.iter().map(|path| Path::new(CLONE_ROOT).join(path)).collect();
+        assert_eq!(allowed, Allowed { inside: expect });
+    }
+    check("- | git clone REMOTE ROOT/job-1", &["job-1"]);
+    check("ROOT/job-1 | git status", &["job-1"]);
+    check("ROOT/job-1 | git -C ROOT/job-2 status", &["job-1", "job-2"]);
+    check(
+        "ROOT/job-1 | az acr build --registry platformacr --image a:1 --file api/Dockerfile api",
+        &["job-1", "job-1/api", "job-1/api/Dockerfile"],
+    );
+    check("- | az login --identity", &[]);
+}
+
+/// Words from which dangerous requests are made, and noise.
+fn word() -> impl Strategy<Value = String> {
+    let known: Vec<String> = lines()
+        .into_iter()
+        .flat_map(|(_, line)| request(line).argv)
+        .chain(["--upload-pack=id", "-c", "core.fsmonitor=id", "--", "@x", "ext::id", "/etc"].map(str::to_owned))
+        .collect::<BTreeSet<_>>()
+        .into_iter()
+        .collect();
+    prop_oneof![8 => proptest::sample::select(known), 1 => "\\PC{0,12}"]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(20_000))]
+
+    /// However an allowed request is changed, what is still allowed names no way out.
+    #[test]
+    fn what_is_allowed_has_no_way_out(
+        line in proptest::sample::select(allowed_lines()),
+        changes in proptest::collection::vec((any::<proptest::sample::Index>(), word(), any::<bool>()), 0..3),
+        cwd in proptest::sample::select(vec![None, Some("/"), Some("ROOT"), Some("ROOT/job-1"), Some("ROOT/job-1/sub"), Some("same")]),
+    ) {
+        let mut request = request(line);
+        for (at, word, insert) in changes {
+            // The program stays: what follows is said of git and az.
+            let at = 1 + at.index(request.argv.len());
+            if insert || at == request.argv.len() {
+                request.argv.insert(at, word);
+            } else {
+                request.argv[at] = word;
+            }
+        }
+        if cwd != Some("same") {
+            request.cwd = cwd.map(|cwd| cwd.replace("ROOT", CLONE_ROOT));
+        }
+        let Ok(allowed) = judge(&rules(), &request) else { return Ok(()) };
+        for path in &allowed.inside {
+            prop_assert!(path.starts_with(CLONE_ROOT) && path != Path::new(CLONE_ROOT), "{path:?}");
+        }
+        let is_git = request.argv[0] == "git";
+        for (before, word) in request.argv.iter().zip(&request.argv[1..]) {
+            let has = |bad: &[&str]| bad.iter().any(|bad| word.contains(bad));
+            let lower = word.to_lowercase();
+            let wrong = if word.starts_with('-') {
+                has(&["pack", "exec", "config", "template", "filter", "-dir", "tree=", "ssh", "@", "yaml"])
+            } else if is_git && before == "-c" {
+                has(&["core.", "alias.", "gpg.", "filter.", "include", "url.", "helper=!", "hooks"])
+            } else if is_git && has(&["://", "::", "@"]) {
+                !["@", "//"].iter().any(|before| lower.ends_with(&format!("{before}git.example.com/acme/app.git")))
+            } else if is_git {
+                word.starts_with('/') && !word.starts_with(CLONE_ROOT)
+            } else {
+                word.starts_with('@') || word.contains("=@") || word.chars().any(char::is_control)
+            };
+            prop_assert!(!wrong && word != "--", "{word:?} in {:?}", request.argv);
+        }
+    }
+}
+
+fn allowed_lines() -> Vec<&'static str> {
+    let of_both = |line: &str| line.contains(" | git ") || line.contains(" | az ");
+    lines().into_iter().filter(|(expect, line)| *expect == "allowed" && of_both(line)).map(|(_, line)| line).collect()
+}
