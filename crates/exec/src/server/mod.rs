@@ -1,4 +1,6 @@
 //! The server's parts.
 
 pub mod config;
+pub mod environment;
 pub mod lines;
+pub mod place;

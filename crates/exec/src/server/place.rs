@@ -1,0 +1,92 @@
+//! Where programs run: fresh directories that go when their request does, and clones that stay below their root.
+
+use std::fs::Permissions;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use tempfile::TempDir;
+
+/// No request lasts longer than its longest time-out, so what is older has no owner: the server was killed.
+const STALE: Duration = Duration::from_secs(2 * 3_600);
+
+/// The parent of all fresh directories.
+#[derive(Debug)]
+pub struct Places {
+    parent: PathBuf,
+}
+
+impl Places {
+    /// Makes the parent, for this user alone, and removes what an earlier server left in it long before `now`.
+    ///
+    /// # Errors
+    /// When it cannot be made or read.
+    pub fn open(parent: PathBuf, now: SystemTime) -> io::Result<Self> {
+        make_private(&parent)?;
+        for entry in std::fs::read_dir(&parent)? {
+            let entry = entry?;
+            let age = entry.metadata().and_then(|meta| meta.modified()).ok().and_then(|at| now.duration_since(at).ok());
+            if age.is_some_and(|age| age > STALE) {
+                // It may be going by itself, or belong to somebody else: neither is a reason not to start.
+                if let Err(error) = std::fs::remove_dir_all(entry.path()) {
+                    eprintln!("a stale directory could not be removed: {error}");
+                }
+            }
+        }
+        Ok(Self { parent })
+    }
+
+    /// A directory for one request, removed when it is dropped.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn fresh(&self) -> io::Result<TempDir> {
+        tempfile::Builder::new().prefix("request-").permissions(Permissions::from_mode(0o700)).tempdir_in(&self.parent)
+    }
+}
+
+/// A directory for this user alone; one that is there must be a directory and no link.
+///
+/// # Errors
+/// When it cannot be made, or something else is in its place.
+pub fn make_private(path: &Path) -> io::Result<()> {
+    match std::fs::symlink_metadata(path) {
+        Ok(meta) if meta.is_dir() => Ok(()),
+        Ok(_) => Err(io::Error::new(io::ErrorKind::NotADirectory, format!("{} is no directory", path.display()))),
+        Err(_) => std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path),
+    }
+}
+
+/// Whether a path leads below `root` when every link in it is followed. What does not exist yet is judged by its nearest
+/// ancestor that does.
+///
+/// # Errors
+/// When the file system cannot be asked.
+pub fn is_inside(root: &Path, path: &Path) -> io::Result<bool> {
+    let root = root.canonicalize()?;
+    let mut known = path;
+    loop {
+        match known.canonicalize() {
+            Ok(real) => return Ok(real.starts_with(&root) && (known != path || real != root)),
+            // A link to nowhere would become a way out as soon as somebody makes its target.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && known.symlink_metadata().is_err() => {
+                match known.parent() {
+                    Some(parent) => known = parent,
+                    None => return Ok(false),
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Settings that the Azure CLI would read from the directory it is started in, or from one above it.
+#[must_use]
+pub fn azure_settings(root: &Path, cwd: &Path) -> Option<PathBuf> {
+    cwd.ancestors()
+        .take_while(|directory| directory.starts_with(root))
+        .map(|directory| directory.join(".azure"))
+        .find(|settings| settings.symlink_metadata().is_ok())
+}
