@@ -1,0 +1,233 @@
+//! One program: started without a shell in a process group of its own, read as fast as its reader takes it, and ended together
+//! with everything that it started.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::future::Future;
+use std::io;
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::PathBuf;
+use std::pin::{Pin, pin};
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process_group};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::process::{ChildStdin, Command};
+use tokio::time::{Instant, Sleep, sleep_until};
+
+use crate::protocol::{EXIT_TIMED_OUT, Stream};
+
+/// Between SIGTERM and SIGKILL (contract §5).
+const GRACE: Duration = Duration::from_secs(5);
+/// How long what a program has left behind may hold its outputs open once the program itself has ended.
+const LINGER: Duration = Duration::from_secs(2);
+/// How long a client may take for what is left when the program was killed.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+/// As much as a pipe holds: one read empties it.
+const BUFFER: usize = 64 * 1024;
+
+/// What is to be run. The program has been judged before.
+#[derive(Debug)]
+pub struct Order {
+    pub argv: Vec<String>,
+    pub directory: PathBuf,
+    pub environment: BTreeMap<OsString, OsString>,
+    /// Given to the program's standard input, which is empty otherwise.
+    pub input: Option<Vec<u8>>,
+    pub timeout: Duration,
+}
+
+/// Who takes the output.
+pub trait Sink {
+    /// Takes bytes, as slowly as it likes: the program waits meanwhile. False when nobody wants more.
+    fn take(&mut self, stream: Stream, bytes: &[u8]) -> impl Future<Output = bool> + Send;
+    /// Ready when nobody wants more.
+    fn gone(&mut self) -> impl Future<Output = ()> + Send;
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ended {
+    /// As a shell says it: 128 and the number of a signal; 124 when the time was over.
+    pub exit_code: i32,
+    pub timed_out: bool,
+    /// The client went away, and the program was killed.
+    pub client_gone: bool,
+    pub took: Duration,
+}
+
+/// The program and everything that it started, unless they leave the group on purpose. Dropped, they are killed.
+struct Group(Option<Pid>);
+
+impl Group {
+    fn signal(&self, signal: Signal) {
+        // A group that is gone is what is wanted.
+        if let Some(pid) = self.0
+            && let Err(error) = kill_process_group(pid, signal)
+            && error != rustix::io::Errno::SRCH
+        {
+            eprintln!("a process group could not be signalled: {error}");
+        }
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        self.signal(Signal::KILL);
+    }
+}
+
+/// When the program's time is over, and what has been done about it.
+struct Limit<'a> {
+    sleep: Pin<&'a mut Sleep>,
+    stage: Stage,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    InTime,
+    Asked,
+    Killed,
+    Over,
+}
+
+impl Limit<'_> {
+    /// The next step towards the end, taken when `sleep` is ready. True when it is the first one: the time is over.
+    fn step(&mut self, group: &Group) -> bool {
+        let is_first = self.stage == Stage::InTime;
+        let pause = match self.stage {
+            Stage::InTime => {
+                group.signal(Signal::TERM);
+                self.stage = Stage::Asked;
+                GRACE
+            }
+            Stage::Asked => {
+                group.signal(Signal::KILL);
+                self.stage = Stage::Killed;
+                LAST_WORDS
+            }
+            Stage::Killed | Stage::Over => {
+                self.stage = Stage::Over;
+                LAST_WORDS
+            }
+        };
+        self.sleep.as_mut().reset(Instant::now() + pause);
+        is_first
+    }
+}
+
+/// Runs a program to its end, its time-out, or its client's departure. Dropping the future kills the whole group.
+///
+/// # Errors
+/// When the program cannot be started.
+pub async fn run(order: Order, sink: &mut (impl Sink + Send)) -> io::Result<Ended> {
+    let begun = Instant::now();
+    let (program, arguments) = order.argv.split_first().ok_or(io::ErrorKind::InvalidInput)?;
+    let mut command = Command::new(program);
+    command.args(arguments).current_dir(&order.directory).env_clear().envs(&order.environment);
+    command.stdin(if order.input.is_some() { Stdio::piped() } else { Stdio::null() });
+    command.stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+    let mut child = command.spawn()?;
+    let mut group = Group(child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw));
+
+    let (mut stdout, mut stderr) = (child.stdout.take(), child.stderr.take());
+    let (mut out_buffer, mut err_buffer) = (vec![0; BUFFER], vec![0; BUFFER]);
+    let mut feeding = pin!(feed(child.stdin.take(), order.input));
+    let mut is_fed = false;
+    let mut limit = Limit { sleep: pin!(sleep_until(begun + order.timeout)), stage: Stage::InTime };
+    let mut status: Option<ExitStatus> = None;
+    let (mut is_gone, mut timed_out) = (false, false);
+
+    while (status.is_none() || stdout.is_some() || stderr.is_some()) && limit.stage != Stage::Over {
+        let (stream, count) = tokio::select! {
+            count = read(stdout.as_mut(), &mut out_buffer), if stdout.is_some() => (Stream::Stdout, count?),
+            count = read(stderr.as_mut(), &mut err_buffer), if stderr.is_some() => (Stream::Stderr, count?),
+            ended = child.wait(), if status.is_none() => {
+                status = Some(ended?);
+                // Its time is no longer what counts: who still holds its outputs has not much longer.
+                if limit.stage == Stage::InTime {
+                    limit.stage = Stage::Asked;
+                    limit.sleep.as_mut().reset(Instant::now() + LINGER);
+                }
+                continue;
+            }
+            () = &mut feeding, if !is_fed => {
+                is_fed = true;
+                continue;
+            }
+            () = sink.gone() => {
+                is_gone = true;
+                break;
+            }
+            () = limit.sleep.as_mut() => {
+                timed_out |= limit.step(&group);
+                continue;
+            }
+        };
+        if count == 0 {
+            match stream {
+                Stream::Stdout => stdout = None,
+                Stream::Stderr => stderr = None,
+            }
+            continue;
+        }
+        let bytes = match stream {
+            Stream::Stdout => &out_buffer[..count],
+            Stream::Stderr => &err_buffer[..count],
+        };
+        let mut taking = pin!(sink.take(stream, bytes));
+        // A client that takes its time does not stop the clock.
+        let is_wanted = loop {
+            tokio::select! {
+                is_wanted = &mut taking => break is_wanted,
+                () = limit.sleep.as_mut() => {
+                    timed_out |= limit.step(&group);
+                    if limit.stage == Stage::Over {
+                        break false;
+                    }
+                }
+            }
+        };
+        if !is_wanted {
+            is_gone = true;
+            break;
+        }
+    }
+    let status = match status {
+        // Waited for, and nobody holds its outputs: the group's number may belong to somebody else by now.
+        Some(status) if stdout.is_none() && stderr.is_none() => {
+            group.0 = None;
+            status
+        }
+        Some(status) => status,
+        None => {
+            group.signal(Signal::KILL);
+            child.wait().await?
+        }
+    };
+    Ok(Ended {
+        exit_code: if timed_out { EXIT_TIMED_OUT } else { code(status) },
+        timed_out,
+        client_gone: is_gone,
+        took: begun.elapsed(),
+    })
+}
+
+/// Writes the input beside everything else: a program may answer before it has read it all, or never read it.
+async fn feed(stdin: Option<ChildStdin>, input: Option<Vec<u8>>) {
+    if let (Some(mut stdin), Some(input)) = (stdin, input) {
+        // A program that closes its input early has had enough.
+        let _enough = stdin.write_all(&input).await;
+    }
+}
+
+async fn read(from: Option<&mut (impl AsyncRead + Unpin)>, into: &mut [u8]) -> io::Result<usize> {
+    match from {
+        Some(from) => from.read(into).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn code(status: ExitStatus) -> i32 {
+    status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(-1)
+}
