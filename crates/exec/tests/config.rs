@@ -56,8 +56,8 @@ fn what_cannot_be_used_keeps_it_from_starting() {
         all.extend(variables);
         assert_eq!(read(&all).unwrap_err(), expect);
     }
-    assert_eq!(read(&[]).unwrap_err(), "EXEC_TOKEN is not set: the server does not start without a token");
-    check(&[("EXEC_TOKEN", "")], "EXEC_TOKEN is not set: the server does not start without a token");
+    assert_eq!(read(&[]).unwrap_err(), "EXEC_TOKEN is not set: give the server a token of 16 to 1024 characters");
+    check(&[("EXEC_TOKEN", "")], "EXEC_TOKEN is not set: give the server a token of 16 to 1024 characters");
     check(&[("EXEC_TOKEN", "0123456789abcde")], "EXEC_TOKEN must have 16 to 1024 characters");
     check(&[("EXEC_TOKEN", &"x".repeat(1025))], "EXEC_TOKEN must have 16 to 1024 characters");
     check(&[("EXEC_HOST", "example.org")], "EXEC_HOST is not an IP address");

@@ -5,6 +5,7 @@ pub mod build_log;
 pub mod cli;
 pub mod config;
 pub mod engine;
+pub mod exec_server;
 pub mod http;
 pub mod lock;
 pub mod proxy;

@@ -89,7 +89,7 @@ impl Config {
                 let (least, most) = (TOKEN_LENGTH.start(), TOKEN_LENGTH.end());
                 return unusable("EXEC_TOKEN", format!("must have {least} to {most} characters"));
             }
-            None => return unusable("EXEC_TOKEN", "is not set: the server does not start without a token"),
+            None => return unusable("EXEC_TOKEN", "is not set: give the server a token of 16 to 1024 characters"),
         };
         let host = match get("EXEC_HOST").as_deref() {
             None | Some("localhost") => IpAddr::V4(Ipv4Addr::LOCALHOST),

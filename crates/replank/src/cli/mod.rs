@@ -2,7 +2,7 @@
 
 mod client;
 mod commands;
-mod failure;
+pub(crate) mod failure;
 mod plain;
 mod show;
 pub mod tokens;
@@ -121,6 +121,9 @@ pub enum Command {
     Token(TokenCommand),
     /// Own the application's public ports and send their traffic where the controller says.
     Proxy(crate::proxy::ProxyArgs),
+    /// Run git, az and a few other programs for whoever holds a token, with policed arguments: for builds in another container.
+    #[command(after_help = crate::exec_server::ENVIRONMENT)]
+    ExecServer,
     /// Print a completion script for a shell.
     #[command(after_help = "Example: replank completions bash > /etc/bash_completion.d/replank")]
     Completions { shell: clap_complete::Shell },
@@ -286,6 +289,7 @@ pub fn main(args: impl Iterator<Item = OsString>, env: &Environment) -> ExitCode
     let outcome = match cli.command {
         // It makes its own, smaller runtime.
         Command::Proxy(args) => crate::proxy::run(args).map(|()| ExitCode::SUCCESS).map_err(Failure::from),
+        Command::ExecServer => crate::exec_server::run(env),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "replank", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)

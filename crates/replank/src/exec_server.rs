@@ -1,0 +1,82 @@
+//! `replank exec-server`: the exec channel's server, set up from the environment alone.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use anyhow::Context as _;
+use replank_core::ports::Clock as _;
+use replank_exec::server::config::Config;
+use replank_exec::server::http::Server;
+use replank_exec::server::place::{Places, make_private};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::cli::failure::Failure;
+use crate::config::env::Environment;
+use crate::system::SystemClock;
+
+/// Below the directory for temporary files: one for each request, gone with it.
+const REQUESTS: &str = "replank-exec";
+
+/// What `--help` says of the environment, which is all there is to set.
+pub const ENVIRONMENT: &str = "\
+Environment:
+  EXEC_TOKEN                  the token, 16 to 1024 characters (needed)
+  EXEC_HOST EXEC_PORT         where it listens [127.0.0.1:7682]
+  EXEC_ALLOWED_BINARIES       fewer programs
+                              [az azcopy elastic-blast elb git kubectl]
+  EXEC_POLICY                 enforce, or audit: only report [enforce]
+  EXEC_CLONE_ROOT             where clones go [/tmp/elb-upgrade]
+  EXEC_ALLOWED_SIGNERS_FILE   keys that git verify-tag trusts
+  UPGRADE_GIT_REMOTE          the one remote that git may reach
+  PLATFORM_ACR_NAME           the one registry that az may build in
+  CONTAINER_APP_NAME          the one app that az may show and update;
+                              with it, EXEC_HOST must be loopback
+  AZURE_RESOURCE_GROUP        that app's resource group
+  EXEC_MAX_CONCURRENCY        programs at the same time [4]
+  EXEC_MAX_BODY_BYTES         of a request [8 MiB]
+  EXEC_RUN_MAX_OUTPUT_BYTES   of each output that /exec answers [8 MiB]
+  EXEC_STREAM_LINE_MAX_BYTES  of a line of /exec/stream [64 KiB]
+  STRICT_EXEC_RATE_LIMIT      true: limit the starts of each program to
+                              EXEC_RATE_LIMIT_PER_WINDOW [120] in
+                              EXEC_RATE_LIMIT_WINDOW_SECONDS [60]
+
+What is not set cannot be reached: the policy refuses what would need it.
+All programs but az and git are arbitrary execution for whoever holds the
+token. Each event is one JSON line on standard error.";
+
+/// Serves until it is told to stop; what runs then is killed.
+pub fn run(env: &Environment) -> Result<ExitCode, Failure> {
+    let config = Config::read(|name| env.get(name).map(str::to_owned)).map_err(|e| Failure::usage(e.to_string()))?;
+    Ok(serve(config, env)?)
+}
+
+fn serve(config: Config, env: &Environment) -> anyhow::Result<ExitCode> {
+    let root = config.rules.clone_root.clone();
+    make_private(&root).with_context(|| {
+        format!("the clone root {} cannot be made; set EXEC_CLONE_ROOT to a directory of its own", root.display())
+    })?;
+    let parent = env.get("TMPDIR").map_or_else(|| PathBuf::from("/tmp"), PathBuf::from).join(REQUESTS);
+    let now = SystemTime::UNIX_EPOCH + Duration::from_millis(u64::try_from(SystemClock.now().0).unwrap_or_default());
+    let places = Places::open(parent.clone(), now)
+        .with_context(|| format!("{} cannot be used for requests; set TMPDIR to another place", parent.display()))?;
+    let own = env.all().map(|(name, value)| (name.into(), value.into())).collect();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let listen = config.listen;
+        let listener = TcpListener::bind(listen)
+            .await
+            .with_context(|| format!("the address {listen} cannot be listened on; set EXEC_PORT to a free port"))?;
+        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let stop = async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+        };
+        Arc::new(Server::new(config, places, own)).serve(listener, stop).await;
+        Ok(ExitCode::SUCCESS)
+    })
+}
