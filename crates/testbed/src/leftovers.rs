@@ -109,29 +109,33 @@ struct Thing {
     kind: usize,
     id: String,
     installation: String,
+    /// Empty for the proxy's image, which all applications share.
+    application: String,
 }
 
 /// Everything on the engine that belongs to an installation of the sample.
 fn of_sample(engine: &Engine) -> Result<Vec<Thing>> {
-    let of_any = things(engine, "io.replank.installation")?;
-    // The proxy's image is shared by all applications and names none.
-    let of_sample = things(engine, &format!("io.replank.application={APPLICATION}"))?;
-    let ids: BTreeSet<String> = of_sample.into_iter().map(|thing| thing.installation).collect();
-    Ok(of_any.into_iter().filter(|thing| ids.contains(&thing.installation)).collect())
+    let mut all = things(engine)?;
+    let of_sample = all.iter().filter(|thing| thing.application == APPLICATION);
+    let ids: BTreeSet<String> = of_sample.map(|thing| thing.installation.clone()).collect();
+    all.retain(|thing| ids.contains(&thing.installation));
+    Ok(all)
 }
 
-fn things(engine: &Engine, label: &str) -> Result<Vec<Thing>> {
-    let filter = format!("label={label}");
+/// Everything that belongs to any installation.
+fn things(engine: &Engine) -> Result<Vec<Thing>> {
     let mut all = Vec::new();
     for (kind, (list, labels, _)) in KINDS.iter().enumerate() {
-        let listed = engine.docker(&[list, &["--filter", &filter][..]].concat())?;
+        let listed = engine.docker(&[list, &["--filter", "label=io.replank.installation"][..]].concat())?;
+        let label = |name: &str| format!("{{{{index {labels} \"io.replank.{name}\"}}}}");
+        let format = format!("{} {}", label("installation"), label("application"));
         // An image with two names is listed twice.
         for id in listed.split_whitespace().collect::<BTreeSet<_>>() {
-            let format = format!("{{{{index {labels} \"io.replank.installation\"}}}}");
             // What has gone meanwhile is not there.
-            if let Ok(installation) = engine.docker(&["inspect", "--format", &format, id]) {
-                all.push(Thing { kind, id: id.to_owned(), installation: installation.trim().to_owned() });
-            }
+            let Ok(found) = engine.docker(&["inspect", "--format", &format, id]) else { continue };
+            let (installation, application) = found.trim_end_matches('\n').split_once(' ').unwrap_or_default();
+            let (installation, application) = (installation.to_owned(), application.to_owned());
+            all.push(Thing { kind, id: id.to_owned(), installation, application });
         }
     }
     Ok(all)

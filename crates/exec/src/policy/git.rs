@@ -13,14 +13,12 @@ const SETTINGS: [&str; 4] =
 
 pub(super) fn judge(rules: &Rules, words: &[&str], cwd: Option<&Path>) -> Judged<Allowed> {
     let mut rest = words;
-    let mut directory = cwd;
-    let mut chosen = false;
+    let mut chosen = None;
     let command = loop {
         match rest {
             // Once: a second one would be taken from the first.
-            ["-C", path, more @ ..] if !chosen => {
-                directory = Some(clone_directory(rules, Path::new(path))?);
-                chosen = true;
+            ["-C", path, more @ ..] if chosen.is_none() => {
+                chosen = Some(Path::new(*path));
                 rest = more;
             }
             ["-c", setting, more @ ..] => {
@@ -39,15 +37,15 @@ pub(super) fn judge(rules: &Rules, words: &[&str], cwd: Option<&Path>) -> Judged
         }
     };
     let mut inside = Vec::new();
-    for path in [cwd, directory].into_iter().flatten() {
+    for path in [cwd, chosen].into_iter().flatten() {
         inside.push(clone_directory(rules, path)?.to_owned());
     }
-    inside.dedup();
+    let in_clone = !inside.is_empty();
     match command {
         "clone" => inside.push(clone(rules, rest)?.into()),
-        "ls-remote" => ls_remote(rules, rest, directory.is_some())?,
+        "ls-remote" => ls_remote(rules, rest, in_clone)?,
         // All others work on a clone: without a directory git would look for one upwards from wherever it is.
-        _ if directory.is_none() => return rule("the directory of the clone is missing"),
+        _ if !in_clone => return rule("the directory of the clone is missing"),
         "fetch" => fetch(rules, rest)?,
         "checkout" => checkout(rules, rest)?,
         "config" => config(rules, rest)?,

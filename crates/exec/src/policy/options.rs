@@ -2,7 +2,7 @@
 
 use super::{Denied, Judged, Rules, rule};
 
-/// What an option takes. `T` is what the caller collects.
+/// What an option takes.
 pub(super) enum Takes {
     Nothing,
     /// A value in the next word, or after `=`.

@@ -35,7 +35,7 @@ impl Started {
             "number": self.number,
             "program": self.program,
             "exit_code": ended.exit_code,
-            "duration_ms": u64::try_from(ended.took.as_millis()).unwrap_or(u64::MAX),
+            "duration_ms": ended.duration_ms(),
             "timed_out": ended.timed_out,
             "client_aborted": ended.client_gone,
         });

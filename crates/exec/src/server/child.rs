@@ -56,6 +56,14 @@ pub struct Ended {
     pub took: Duration,
 }
 
+impl Ended {
+    /// As answers and the audit trail say it.
+    #[must_use]
+    pub fn duration_ms(&self) -> u64 {
+        u64::try_from(self.took.as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
 /// The program and everything that it started, unless they leave the group on purpose. Dropped, they are killed.
 struct Group(Option<Pid>);
 
@@ -140,8 +148,8 @@ pub async fn run(order: Order, sink: &mut (impl Sink + Send)) -> io::Result<Ende
 
     while (status.is_none() || stdout.is_some() || stderr.is_some()) && limit.stage != Stage::Over {
         let (stream, count) = tokio::select! {
-            count = read(stdout.as_mut(), &mut out_buffer), if stdout.is_some() => (Stream::Stdout, count?),
-            count = read(stderr.as_mut(), &mut err_buffer), if stderr.is_some() => (Stream::Stderr, count?),
+            count = read(stdout.as_mut(), &mut out_buffer) => (Stream::Stdout, count?),
+            count = read(stderr.as_mut(), &mut err_buffer) => (Stream::Stderr, count?),
             ended = child.wait(), if status.is_none() => {
                 status = Some(ended?);
                 // Its time is no longer what counts: who still holds its outputs has not much longer.
@@ -221,6 +229,7 @@ async fn feed(stdin: Option<ChildStdin>, input: Option<Vec<u8>>) {
     }
 }
 
+/// Never ready where there is nothing to read from any more.
 async fn read(from: Option<&mut (impl AsyncRead + Unpin)>, into: &mut [u8]) -> io::Result<usize> {
     match from {
         Some(from) => from.read(into).await,

@@ -158,7 +158,7 @@ impl Server {
                     stderr: String::from_utf8_lossy(&kept.stderr).into_owned(),
                     stdout_truncated: kept.stdout_truncated,
                     stderr_truncated: kept.stderr_truncated,
-                    duration_ms: millis(ended.took),
+                    duration_ms: ended.duration_ms(),
                     timed_out: ended.timed_out,
                 }
             }
@@ -191,7 +191,7 @@ impl Server {
                     started.done(&ended);
                     let summary = Summary {
                         exit_code: ended.exit_code,
-                        duration_ms: millis(ended.took),
+                        duration_ms: ended.duration_ms(),
                         timed_out: ended.timed_out,
                         client_aborted: ended.client_gone,
                     };
@@ -367,10 +367,6 @@ fn internal(error: &std::io::Error) -> No {
 
 fn not_started(error: &std::io::Error) -> String {
     format!("the program cannot be started: {error}")
-}
-
-fn millis(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn json_answer(status: StatusCode, body: &impl serde::Serialize) -> Response<Body> {

@@ -1,19 +1,17 @@
 //! Disks that are full, and disks that are no place for a ledger.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
+use replank_testbed::EngineOptions;
 use replank_testbed::remains::Scratch;
 use replank_testbed::repo::Entry;
-use replank_testbed::{EngineOptions, process};
 
-use crate::rig::{JOB_LIMIT, Options, Rig, Small, refused, release, said};
+use crate::rig::{JOB_LIMIT, Mounted, Options, Rig, refused, release, said};
 
 #[test]
 fn a_full_home_is_told_and_the_job_can_be_started_again() {
     let place = Scratch::create().unwrap();
-    let small = Small::mount(&place.path().join("small"), 64);
+    let small = Mounted::in_memory(&place.path().join("small"), 64);
     let mut rig = Rig::start(Options { home: Some(small.0.join("home")), ..Options::default() });
     rig.publish("0.1.1", &release("0.1.1"));
     let ballast = small.fill();
@@ -61,7 +59,7 @@ fn a_full_home_is_told_and_the_job_can_be_started_again() {
 #[test]
 fn a_full_engine_fails_the_build_with_advice() {
     let place = Scratch::create().unwrap();
-    let small = Small::mount(&place.path().join("data"), 300);
+    let small = Mounted::in_memory(&place.path().join("data"), 300);
     let engine = EngineOptions { arguments: vec!["--storage-driver=vfs".to_owned()], data_root: Some(small.0.clone()) };
     let mut rig = Rig::start(Options { engine, ..Options::default() });
     let big = "FROM testbed/busybox\nRUN dd if=/dev/zero of=/big bs=1M count=400\n";
@@ -75,7 +73,7 @@ fn a_full_engine_fails_the_build_with_advice() {
 #[test]
 fn a_ledger_on_a_network_file_system_is_refused() {
     let place = Scratch::create().unwrap();
-    let shared = Shared::mount(place.path());
+    let shared = Mounted::through_fuse(&place.path().join("real"), &place.path().join("seen"));
     let rig = Rig::prepare(Options { home: Some(place.path().join("home")), ..Options::default() });
     let config = std::fs::read_to_string(rig.home.join("replank.toml")).unwrap();
     std::fs::write(shared.0.join("replank.toml"), config).unwrap();
@@ -88,23 +86,4 @@ fn a_ledger_on_a_network_file_system_is_refused() {
     }
     let left: Vec<_> = std::fs::read_dir(shared.0.join("ledger")).unwrap().collect();
     assert!(left.is_empty(), "something was made: {left:?}");
-}
-
-/// A directory seen through FUSE; unmounted when dropped.
-struct Shared(PathBuf);
-
-impl Shared {
-    fn mount(place: &Path) -> Self {
-        let (real, seen) = (place.join("real"), place.join("seen"));
-        std::fs::create_dir(&real).unwrap();
-        std::fs::create_dir(&seen).unwrap();
-        process::run(Command::new("bindfs").arg(&real).arg(&seen)).expect("the mount");
-        Self(seen)
-    }
-}
-
-impl Drop for Shared {
-    fn drop(&mut self) {
-        process::run(Command::new("umount").arg("--lazy").arg(&self.0)).ok();
-    }
 }

@@ -357,15 +357,24 @@ impl Watch {
     }
 }
 
-/// A file system in memory of so many bytes; unmounted when dropped.
-pub struct Small(pub PathBuf);
+/// A mounted file system; unmounted when dropped.
+pub struct Mounted(pub PathBuf);
 
-impl Small {
-    pub fn mount(at: &Path, mebibytes: u32) -> Self {
+impl Mounted {
+    /// In memory, of so many bytes.
+    pub fn in_memory(at: &Path, mebibytes: u32) -> Self {
         std::fs::create_dir_all(at).expect("a mount point");
         let mut mount = Command::new("mount");
         mount.args(["-t", "tmpfs", "-o", &format!("size={mebibytes}m"), "replank-test"]).arg(at);
         process::run(&mut mount).expect("the mount");
+        Self(at.to_owned())
+    }
+
+    /// Another directory, seen through FUSE.
+    pub fn through_fuse(real: &Path, at: &Path) -> Self {
+        std::fs::create_dir_all(real).expect("a directory");
+        std::fs::create_dir_all(at).expect("a mount point");
+        process::run(Command::new("bindfs").arg(real).arg(at)).expect("the mount");
         Self(at.to_owned())
     }
 
@@ -384,7 +393,7 @@ impl Small {
     }
 }
 
-impl Drop for Small {
+impl Drop for Mounted {
     fn drop(&mut self) {
         // Lazily: an engine that is being removed may still hold it.
         process::run(Command::new("umount").arg("--lazy").arg(&self.0)).ok();

@@ -30,7 +30,8 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 const ANSWER_EVERY: Duration = Duration::from_millis(20);
 /// Repository of images made from a binary.
 const REPOSITORY: &str = "replank-proxy";
-const UPGRADE: &str = "a deployment never changes the proxy, as that would drop requests: leave [listeners], [proxy] and home as they were";
+const UNCHANGED: &str = "a deployment never changes the proxy, as that would drop requests: leave [listeners], [proxy] and \
+                         home as they were";
 
 /// Where a listener's certificate and key are in the proxy's container: their directories are mounted, so that files
 /// that are replaced there are seen.
@@ -90,10 +91,10 @@ pub(super) async fn ensure_proxy(platform: &DockerPlatform, image: &str) -> Resu
         }
         if labels.get(labels::CONFIG) != Some(&fingerprint) {
             return Err(Fault::permanent(format!("the proxy {name} was made from other listeners or another home"))
-                .advice(UPGRADE));
+                .advice(UNCHANGED));
         }
         if found.image.as_ref() != Some(&image_id) {
-            return Err(Fault::permanent(format!("the proxy {name} runs another image than {image}")).advice(UPGRADE));
+            return Err(Fault::permanent(format!("the proxy {name} runs another image than {image}")).advice(UNCHANGED));
         }
     } else {
         write_config(config)?;

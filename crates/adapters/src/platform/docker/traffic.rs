@@ -91,8 +91,10 @@ impl Proxy {
 
     async fn connect(&self) -> Result<SendRequest<Full<Bytes>>, Fault> {
         let gone = || {
-            Fault::transient(format!("the proxy does not answer at {}", self.socket.display()))
-                .advice("check that the proxy's container runs: `docker ps --all --filter label=io.replank.role=proxy`, then `docker start`")
+            Fault::transient(format!("the proxy does not answer at {}", self.socket.display())).advice(
+                "check that the proxy's container runs: `docker ps --all --filter label=io.replank.role=proxy`, \
+                 then `docker start`",
+            )
         };
         let stream = UnixStream::connect(&self.socket).await.map_err(|error| gone().because(error))?;
         let (sender, connection) =
