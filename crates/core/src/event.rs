@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::fault::Told;
 use crate::phase::{Built, Fetched, Op, WayBack};
 use crate::record::{Actor, ControllerId, Deployment, Job, Latest};
-use crate::words::{ComponentName, Millis};
+use crate::words::{ComponentName, Millis, OpKey};
 
 /// Something that happened, or that is about to be done and is recorded first.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -90,6 +90,12 @@ pub enum Event {
     SnapshotDropped {
         why: String,
     },
+    /// At rest: what failed jobs left in the registry was to be removed.
+    PurgeTried {
+        removed: Vec<OpKey>,
+        /// Why the others stay; empty where none does.
+        why: String,
+    },
 }
 
 impl Event {
@@ -122,6 +128,7 @@ impl Event {
             Self::RolledBack => "rollback_done",
             Self::RepairIntended { .. } => "repair_intended",
             Self::SnapshotDropped { .. } => "snapshot_dropped",
+            Self::PurgeTried { .. } => "orphan_purge_attempt",
         }
     }
 }

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::words::{ComponentName, Digest};
+use crate::words::{ComponentName, Digest, OpKey, Version};
 
 /// An image by content, never by tag.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -57,3 +57,14 @@ impl fmt::Display for ImageId {
 
 /// One image of each component: what moves as a set (never one component alone).
 pub type Images = std::collections::BTreeMap<ComponentName, ImageId>;
+
+/// The tag that one attempt's image is pushed under. Nobody outside the installation can guess the key, so what is found under
+/// this tag is what the attempt made.
+pub fn attempt_tag(version: &Version, key: &OpKey) -> String {
+    format!("{}-{key}", version_tag(version))
+}
+
+/// The tag for people: it moves when the version is built again.
+pub fn version_tag(version: &Version) -> String {
+    format!("v{version}")
+}

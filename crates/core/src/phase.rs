@@ -27,6 +27,10 @@ pub struct Recipe {
     pub secrets: Vec<String>,
     /// Where the image goes: the repository without a tag.
     pub repository: String,
+    /// The builder cannot label what it pushes: the image is known by its tag alone, so that clean-up by label never finds it
+    /// and what a failed job leaves must be remembered.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unlabelled: bool,
 }
 
 /// What a fetched release asks for, after the trust boundary has been applied to it.
@@ -87,6 +91,9 @@ impl Building {
 pub struct Patching {
     pub fetched: Fetched,
     pub images: Images,
+    /// The attempts that made the images: what is under their tags goes when the job fails here.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub attempts: BTreeMap<ComponentName, u32>,
 }
 
 /// What protects the application once its platform is touched.
@@ -236,10 +243,20 @@ pub enum Phase {
     },
 }
 
+/// What a build-only job made: a later job of the same commit takes each image whose recipe is still the same.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct BuiltOnly {
     pub commit: CommitSha,
     pub images: Images,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub recipes: BTreeMap<ComponentName, Recipe>,
+}
+
+impl BuiltOnly {
+    /// The image of a component, where it was made as it would be made now.
+    pub fn image(&self, component: &ComponentName, recipe: &Recipe) -> Option<&ImageId> {
+        self.images.get(component).filter(|_| self.recipes.get(component) == Some(recipe))
+    }
 }
 
 /// The name of a phase without its data: what clients see and what the contract's table is written in.

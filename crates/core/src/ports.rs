@@ -228,9 +228,11 @@ pub struct Refs {
     pub branch: Option<(String, CommitSha)>,
 }
 
-/// A clean tree of one commit on this machine's disk.
+/// A clean tree of one commit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tree {
+    /// On the disk of whoever builds, which need not be this machine's: only the source that made it and the builder that goes
+    /// with it may look there.
     pub path: PathBuf,
     pub commit: CommitSha,
 }
@@ -244,6 +246,12 @@ pub trait Source: Send + Sync + fmt::Debug {
     /// Clones the pinned commit for a job, or finds the tree that is already there. Never returns another commit: where the
     /// remote gives one, the fault is permanent and names both.
     async fn fetch(&self, job: &JobId, target: &Target, log: &dyn Log) -> Result<Tree, Fault>;
+    /// A file of a fetched tree, by its path from the tree's root; `None` where there is none. Faults (permanent): it lies outside
+    /// the tree, is no regular file, or has more than `max` bytes.
+    async fn read(&self, tree: &Tree, path: &str, max: usize) -> Result<Option<Vec<u8>>, Fault>;
+    /// Checks that a component's Dockerfile and context are in the commit and on disk, inside the tree (lesson 7). `Ok` means
+    /// that a builder may open both. Faults are permanent and name the component and the path.
+    async fn check_paths(&self, tree: &Tree, component: &str, dockerfile: &str, context: &str) -> Result<(), Fault>;
     /// Removes every job's tree but this one's.
     async fn discard_all_but(&self, job: Option<&JobId>) -> Result<(), Fault>;
 }
@@ -289,6 +297,8 @@ pub struct BuildSpec {
     pub job: JobId,
     pub key: OpKey,
     pub attempt: u32,
+    /// The same key was given to a builder before, by this process or by an earlier one: what that began may still go on.
+    pub resumed: bool,
     pub component: ComponentName,
     pub recipe: Recipe,
     pub tree: Tree,
@@ -312,6 +322,14 @@ pub struct Stored {
     pub labels: BTreeMap<String, String>,
 }
 
+/// What became of the tags that a failed job may have left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Discarded {
+    Removed,
+    /// There was nothing.
+    Absent,
+}
+
 #[async_trait]
 pub trait Registry: Send + Sync + fmt::Debug {
     /// Looks an image up; `None` where it is gone.
@@ -324,6 +342,15 @@ pub trait Registry: Send + Sync + fmt::Debug {
     async fn list(&self, repository: &str, installation: &InstallationId) -> Result<Vec<(Stored, Vec<String>)>, Fault>;
     /// Deletes an image with all its tags. Refuses (permanent) an image that lacks the installation's label or carries a keep tag.
     async fn delete(&self, image: &ImageId, installation: &InstallationId) -> Result<(), Fault>;
+    /// Takes away what one attempt pushed: its tag, which nobody else can have made, `also` where that tag leads to the same
+    /// image, and the image itself where no other tag leads to it and it is not among `needed`.
+    async fn discard(
+        &self,
+        repository: &str,
+        attempt_tag: &str,
+        also: &str,
+        needed: &BTreeSet<Digest>,
+    ) -> Result<Discarded, Fault>;
 }
 
 // --- Platform --------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::image::{ImageId, Images};
-use crate::phase::{Mode, Phase};
+use crate::phase::{BuiltOnly, Mode, Phase};
 use crate::words::{
     AppName, CommitSha, ComponentName, ContainerName, Digest, IdempotencyKey, InstallationId, JobId, Millis, Nonce,
     OpKey, RevisionId, Version,
@@ -168,6 +168,9 @@ pub struct Job {
     pub on_rollout_failure: OnRolloutFailure,
     #[serde(default)]
     pub build_only: bool,
+    /// What an earlier build-only job made of the same commit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reuse: Option<BuiltOnly>,
     #[serde(flatten)]
     pub extra: BTreeMap<String, serde_json::Value>,
 }
@@ -206,6 +209,25 @@ pub struct Quarantined {
     pub images: Images,
 }
 
+/// What a failed job pushed, or may have pushed, into a registry: tags that nobody needs. Only of builders that cannot label
+/// what they push.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Orphan {
+    pub repository: String,
+    pub version: Version,
+    /// Of the attempt that pushed it.
+    pub key: OpKey,
+    /// When its job failed.
+    pub since: Millis,
+    /// The image was seen in the registry. Otherwise its build may go on without anybody who waits for it.
+    pub seen: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tried_at: Option<Millis>,
+}
+
+/// More orphans than a year of failed jobs makes: the oldest go, so that the record stays small.
+pub const ORPHANS_MAX: usize = 100;
+
 /// The end of the history as the record anchors it: how many lines, and the hash of the last one.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
 pub struct Head {
@@ -243,6 +265,9 @@ pub struct Record {
     /// Commits that are not started again without an override.
     #[serde(default)]
     pub quarantine: BTreeMap<CommitSha, Quarantined>,
+    /// What is still to be removed from the registry.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub orphans: Vec<Orphan>,
     pub history: Head,
     pub updated_at: Millis,
     #[serde(flatten)]
@@ -269,6 +294,7 @@ impl Record {
             job: None,
             snapshot: None,
             quarantine: BTreeMap::new(),
+            orphans: Vec::new(),
             history: Head::default(),
             updated_at: now,
             extra: BTreeMap::new(),
@@ -279,6 +305,7 @@ impl Record {
     pub fn images(&self) -> impl Iterator<Item = &ImageId> {
         let snapshot = self.snapshot.as_ref().map(|s| &s.deployment);
         let deployments = [self.running.as_ref(), self.serving.as_ref(), snapshot];
-        deployments.into_iter().flatten().flat_map(|d| d.images.values()).chain(self.phase.images())
+        let reused = self.job.iter().filter_map(|job| job.reuse.as_ref()).flat_map(|reuse| reuse.images.values());
+        deployments.into_iter().flatten().flat_map(|d| d.images.values()).chain(self.phase.images()).chain(reused)
     }
 }

@@ -4,14 +4,16 @@
 
 use serde_json::json;
 
+use crate::decide::build_step;
 use crate::event::Event;
 use crate::fault::Told;
 use crate::history::{Audit, Line, seal};
+use crate::image::attempt_tag;
 use crate::phase::{
     Build, Building, BuiltOnly, Confirming, Flip, Mode, Op, OpState, Patching, Phase, RollingBack, State, Swap, WayBack,
 };
-use crate::record::{Driver, Quarantined, Record};
-use crate::words::{CommitSha, Millis};
+use crate::record::{Driver, Job, ORPHANS_MAX, Orphan, Quarantined, Record};
+use crate::words::{CommitSha, ComponentName, Millis};
 
 /// Why an event cannot happen now.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -133,10 +135,12 @@ pub fn next(record: &Record, event: &Event, now: Millis) -> Result<Phase, Refuse
                 let images = building.images().ok_or(odd("a component is not built"))?;
                 let job = record.job.as_ref().ok_or(odd("there is no job"))?;
                 if job.build_only {
-                    let built_only = Some(BuiltOnly { commit: job.target.commit.clone(), images });
+                    let recipes = building.fetched.recipes;
+                    let built_only = Some(BuiltOnly { commit: job.target.commit.clone(), images, recipes });
                     Ok(Phase::Succeeded { built_only })
                 } else {
-                    Ok(Phase::Patching(Patching { fetched: building.fetched, images }))
+                    let attempts = building.builds.into_iter().map(|(name, build)| (name, build.attempt)).collect();
+                    Ok(Phase::Patching(Patching { fetched: building.fetched, images, attempts }))
                 }
             }
             _ => Err(wrong()),
@@ -255,7 +259,7 @@ pub fn next(record: &Record, event: &Event, now: Millis) -> Result<Phase, Refuse
             Phase::RollingBack(_) => Err(odd("the restored revision was not observed to serve and settle")),
             _ => Err(wrong()),
         },
-        Event::RepairIntended { .. } | Event::SnapshotDropped { .. } => {
+        Event::RepairIntended { .. } | Event::SnapshotDropped { .. } | Event::PurgeTried { .. } => {
             if from.in_flight() {
                 Err(wrong())
             } else {
@@ -360,7 +364,8 @@ pub fn apply(record: &Record, event: &Event, now: Millis) -> Result<Commit, Refu
             if *override_quarantine && new.quarantine.remove(&job.target.commit).is_some() {
                 audit = audit.with("override", "quarantine");
             }
-            new.job = Some((**job).clone());
+            let reuse = reusable(record).filter(|made| made.commit == job.target.commit);
+            new.job = Some(Job { reuse: reuse.cloned(), ..(**job).clone() });
         }
         Event::RollbackStarted { actor, reason } => {
             audit = audit.with("actor", json!(actor)).with("reason", reason.clone());
@@ -434,6 +439,19 @@ pub fn apply(record: &Record, event: &Event, now: Millis) -> Result<Commit, Refu
             new.snapshot = None;
             audit = audit.with("why", why.clone());
         }
+        Event::PurgeTried { removed, why } => {
+            let tags = |orphans: &[&Orphan]| -> Vec<String> {
+                orphans.iter().map(|o| format!("{}:{}", o.repository, attempt_tag(&o.version, &o.key))).collect()
+            };
+            let (gone, left): (Vec<_>, Vec<_>) = record.orphans.iter().partition(|o| removed.contains(&o.key));
+            // Contract §3 has a name of its own for the first time that something stays.
+            if left.iter().any(|orphan| orphan.tried_at.is_none()) {
+                audit = Audit::new(now, record.job.as_ref().map(|j| &j.id), "orphan_acr_tags");
+            }
+            audit = audit.with("removed", json!(tags(&gone))).with("left", json!(tags(&left))).with("why", why.clone());
+            new.orphans.retain(|orphan| !removed.contains(&orphan.key));
+            new.orphans.iter_mut().for_each(|orphan| orphan.tried_at = Some(now));
+        }
         Event::Completed => {
             let swap = record.phase.swap().ok_or(Refused::NoSnapshot)?;
             new.running = Some(swap.to.clone());
@@ -467,6 +485,11 @@ pub fn apply(record: &Record, event: &Event, now: Millis) -> Result<Commit, Refu
             quarantine(&mut new, record, &why, now);
         }
     }
+    if new.phase.state() == State::FailedPre && record.phase.state() != State::FailedPre {
+        new.orphans.extend(orphans_of(record, now));
+        let most = new.orphans.len().saturating_sub(ORPHANS_MAX);
+        new.orphans.drain(..most);
+    }
     // A look at the remote that found nothing new is no event: the history would drown in them.
     let silent = matches!(event, Event::RefsSeen { latest } if latest.release == record.latest.release
         && latest.branch_head == record.latest.branch_head);
@@ -491,4 +514,62 @@ fn quarantine(new: &mut Record, record: &Record, reason: &str, now: Millis) {
     let entry =
         Quarantined { version: bad.version.clone(), reason: reason.to_owned(), at: now, images: bad.images.clone() };
     new.quarantine.insert(bad.commit.clone(), entry);
+}
+
+/// What the next job of the same commit need not build again: a build-only job's images, which a job that failed in between
+/// does not use up.
+fn reusable(record: &Record) -> Option<&BuiltOnly> {
+    match &record.phase {
+        Phase::Succeeded { built_only: Some(made) } => Some(made),
+        Phase::FailedPre { .. } => record.job.as_ref()?.reuse.as_ref(),
+        Phase::Idle
+        | Phase::Queued
+        | Phase::Fetching
+        | Phase::Building(_)
+        | Phase::Patching(_)
+        | Phase::RollingOut(_)
+        | Phase::Validating(_)
+        | Phase::Confirming(_)
+        | Phase::Succeeded { built_only: None }
+        | Phase::FailedRollout { .. }
+        | Phase::RollingBack(_)
+        | Phase::RolledBack { .. }
+        | Phase::RollbackFailed { .. } => None,
+    }
+}
+
+/// What a job that fails now has pushed, or may still push, and nobody will find by its label.
+fn orphans_of(record: &Record, now: Millis) -> Vec<Orphan> {
+    let Some(job) = &record.job else { return Vec::new() };
+    let (fetched, attempts): (_, Vec<(&ComponentName, u32, bool)>) = match &record.phase {
+        Phase::Building(b) => {
+            let begun = b.builds.iter().map(|(name, build)| (name, build.attempt, build.built.is_some()));
+            (&b.fetched, begun.collect())
+        }
+        Phase::Patching(p) => (&p.fetched, p.attempts.iter().map(|(name, attempt)| (name, *attempt, true)).collect()),
+        Phase::Idle
+        | Phase::Queued
+        | Phase::Fetching
+        | Phase::RollingOut(_)
+        | Phase::Validating(_)
+        | Phase::Confirming(_)
+        | Phase::Succeeded { .. }
+        | Phase::FailedPre { .. }
+        | Phase::FailedRollout { .. }
+        | Phase::RollingBack(_)
+        | Phase::RolledBack { .. }
+        | Phase::RollbackFailed { .. } => return Vec::new(),
+    };
+    let one = |(name, attempt, seen): (&ComponentName, u32, bool)| {
+        let recipe = fetched.recipes.get(name).filter(|recipe| recipe.unlabelled)?;
+        Some(Orphan {
+            repository: recipe.repository.clone(),
+            version: job.target.version.clone(),
+            key: job.key(&build_step(name), attempt),
+            since: now,
+            seen,
+            tried_at: None,
+        })
+    };
+    attempts.into_iter().filter_map(one).collect()
 }

@@ -92,6 +92,7 @@ fn events(record: &Record) -> Vec<Event> {
         Event::RolledBack,
         Event::RepairIntended { why: String::new() },
         Event::SnapshotDropped { why: String::new() },
+        Event::PurgeTried { removed: vec![], why: String::new() },
     ];
     // A new kind of event must be added above.
     for event in &all {
@@ -122,7 +123,8 @@ fn events(record: &Record) -> Vec<Event> {
             | Event::FlippedBack
             | Event::RolledBack
             | Event::RepairIntended { .. }
-            | Event::SnapshotDropped { .. } => {}
+            | Event::SnapshotDropped { .. }
+            | Event::PurgeTried { .. } => {}
         }
     }
     let _ = record;
@@ -276,4 +278,81 @@ fn the_stored_form_survives_and_keeps_unknown_fields() {
     let mut value: serde_json::Value = serde_json::from_slice(&format::write(&running_record()).unwrap()).unwrap();
     value["min_reader"] = serde_json::json!(format::FORMAT + 1);
     assert!(matches!(format::read(&serde_json::to_vec(&value).unwrap()), Err(format::FormatError::TooNew { .. })));
+}
+
+/// What a builder pushes without a label, and nobody needs because its job has failed, is remembered by its tag.
+#[test]
+fn what_a_failed_job_pushed_without_a_label_is_remembered() {
+    let fail = |record: &Record| {
+        let failed = Event::Failed { fault: Told::permanent("no", "") };
+        apply(record, &failed, Millis(9)).unwrap().record.orphans
+    };
+    let unlabelled = |state| {
+        let mut record = record_in(state, Mode::Single);
+        match &mut record.phase {
+            Phase::Building(b) => b.fetched.recipes.get_mut(&app()).unwrap().unlabelled = true,
+            Phase::Patching(p) => {
+                p.fetched.recipes.get_mut(&app()).unwrap().unlabelled = true;
+                p.attempts.insert(app(), 1);
+            }
+            _ => {}
+        }
+        record
+    };
+    for state in [Building, Patching] {
+        assert_eq!(fail(&record_in(state, Mode::Single)), [], "what has a label is found by it");
+        let record = unlabelled(state);
+        let orphan = Orphan {
+            repository: "shop/app".to_owned(),
+            version: Version::release(0, 2, 0),
+            key: record.job.as_ref().unwrap().key("build-app", 1),
+            since: Millis(9),
+            seen: true,
+            tried_at: None,
+        };
+        assert_eq!(fail(&record), [orphan.clone()], "{}", state.name());
+        let cancel = Event::Cancelled { actor: actor(), reason: String::new() };
+        assert_eq!(apply(&record, &cancel, Millis(9)).unwrap().record.orphans, [orphan]);
+    }
+    let mut begun = unlabelled(Building);
+    let Phase::Building(building) = &mut begun.phase else { unreachable!() };
+    building.builds.get_mut(&app()).unwrap().built = None;
+    assert_eq!(fail(&begun).iter().map(|orphan| orphan.seen).collect::<Vec<_>>(), [false]);
+    for state in [Queued, Fetching] {
+        assert_eq!(fail(&unlabelled(state)), [], "nothing was built yet");
+    }
+    let mut many = unlabelled(Building);
+    let one = fail(&many).remove(0);
+    many.orphans = vec![Orphan { since: Millis(1), ..one }; ORPHANS_MAX];
+    let left = fail(&many);
+    assert_eq!((left.len(), left.last().unwrap().since), (ORPHANS_MAX, Millis(9)), "the oldest go");
+}
+
+/// A build-only job's images serve a later job of the same commit, also after one in between has failed; never another commit,
+/// and never under another recipe.
+#[test]
+fn what_was_only_built_is_used_by_the_next_job_of_its_commit() {
+    let mut built = record_in(Building, Mode::Single);
+    built.job.as_mut().unwrap().build_only = true;
+    let before = built.clone();
+    let done = apply(&built, &Event::BuildsComplete, Millis(1)).unwrap().record;
+    let Phase::Succeeded { built_only: Some(made) } = &done.phase else { panic!("{:?}", done.phase) };
+    assert_eq!((&made.commit, &made.images), (&sha('2'), &images('2')));
+    assert_eq!((&done.running, &done.snapshot), (&before.running, &before.snapshot), "traffic and way back untouched");
+
+    let start = |record: &Record, minor| {
+        let event = Event::Start { job: Box::new(job("job-2", minor, Mode::Single)), override_quarantine: false };
+        apply(record, &event, Millis(2)).unwrap().record
+    };
+    let started = start(&done, 2);
+    let reuse = |record: &Record| record.job.as_ref().unwrap().reuse.clone();
+    assert_eq!(reuse(&started).as_ref(), Some(made));
+    let recipe = fetched().recipes[&app()].clone();
+    assert_eq!(made.image(&app(), &recipe), Some(&images('2')[&app()]));
+    assert_eq!(made.image(&app(), &Recipe { dockerfile: "other".to_owned(), ..recipe }), None);
+    assert!(started.images().any(|image| *image == images('2')[&app()]), "clean-up must know that it is needed");
+
+    let failed = apply(&started, &Event::Failed { fault: Told::permanent("no", "") }, Millis(3)).unwrap().record;
+    assert_eq!(reuse(&start(&failed, 2)).as_ref(), Some(made), "a failure uses nothing up");
+    assert_eq!(reuse(&start(&done, 3)), None, "another commit");
 }

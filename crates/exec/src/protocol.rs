@@ -6,6 +6,11 @@ use serde::{Deserialize, Serialize};
 
 /// Header with the token.
 pub const TOKEN_HEADER: &str = "X-Exec-Token";
+/// Header of `GET /healthz` that names what a server does beyond the contract, separated by commas. The body stays as it is:
+/// clients compare it.
+pub const FEATURES_HEADER: &str = "X-Exec-Features";
+/// The server gives a request's `git_credential` to git.
+pub const CREDENTIAL_FEATURE: &str = "git-credential";
 /// Where a server listens unless told otherwise.
 pub const DEFAULT_PORT: u16 = 7682;
 /// Seconds that a program may take where the request does not say; what it says is clamped to [`TIMEOUT_SECONDS`].

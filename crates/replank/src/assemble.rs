@@ -208,7 +208,7 @@ fn read_secret(path: &Path, what: &str) -> Result<String, Fault> {
 #[derive(Debug)]
 struct ReleaseRecipes {
     settings: Settings,
-    source: Option<Arc<GitSource>>,
+    source: Option<Arc<dyn Source>>,
 }
 
 #[async_trait]
@@ -218,10 +218,10 @@ impl Recipes for ReleaseRecipes {
             Fault::permanent(format!("release {version} cannot be built: {what}"))
                 .advice("mend the release, or replank.toml")
         };
-        let path = tree.path.clone();
-        let bytes = tokio::task::spawn_blocking(move || tree::read_file(&path, manifest::FILE, MANIFEST_MAX))
-            .await
-            .map_err(|e| Fault::permanent("the release's manifest could not be read").because(e))??;
+        let bytes = match &self.source {
+            Some(source) => source.read(tree, manifest::FILE, MANIFEST_MAX).await?,
+            None => None,
+        };
         let manifest = match bytes {
             Some(bytes) => {
                 manifest::Manifest::parse_bytes(&bytes).map_err(|problems| refused(problems.in_one_line()))?

@@ -1,6 +1,6 @@
 //! The engine itself as the registry, where none is configured: images are known by the engine's own ids.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use async_trait::async_trait;
 use bollard::models::ImageInspect;
@@ -9,7 +9,7 @@ use bollard::query_parameters::{
 };
 use replank_core::fault::Fault;
 use replank_core::image::ImageId;
-use replank_core::ports::{Registry, Stored};
+use replank_core::ports::{Discarded, Registry, Stored};
 use replank_core::words::{Digest, InstallationId, Millis};
 
 use super::{foreign, keep_prefix, keep_tag, protected};
@@ -164,5 +164,27 @@ impl Registry for EngineRegistry {
         }
         // An image without any tag is still there.
         if tags.is_empty() { self.untag(&id).await } else { Ok(()) }
+    }
+
+    async fn discard(
+        &self,
+        repository: &str,
+        attempt_tag: &str,
+        also: &str,
+        needed: &BTreeSet<Digest>,
+    ) -> Result<Discarded, Fault> {
+        let name = |tag: &str| format!("{repository}:{tag}");
+        let (attempt, also) = (name(attempt_tag), name(also));
+        let Some(found) = self.inspect(&attempt).await? else { return Ok(Discarded::Absent) };
+        let tags = found.repo_tags.unwrap_or_default();
+        let (ours, others): (Vec<_>, Vec<_>) = tags.into_iter().partition(|tag| *tag == attempt || *tag == also);
+        // With its last tag an image goes, and what is needed stays.
+        let is_needed = found.id.is_some_and(|id| needed.iter().any(|digest| digest.as_str() == id));
+        if !(is_needed && others.is_empty()) {
+            for tag in &ours {
+                self.untag(tag).await?;
+            }
+        }
+        Ok(Discarded::Removed)
     }
 }

@@ -1,12 +1,12 @@
 //! A registry that speaks the OCI distribution protocol: images are known by repository and digest.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use async_trait::async_trait;
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use replank_core::fault::Fault;
 use replank_core::image::ImageId;
-use replank_core::ports::{Registry, Stored};
+use replank_core::ports::{Discarded, Registry, Stored};
 use replank_core::words::{Digest, InstallationId};
 
 use super::{foreign, keep_prefix, keep_tag, protected};
@@ -142,5 +142,26 @@ impl Registry for OciRegistry {
             return Err(protected(image, tag));
         }
         self.client.delete_manifest(repository, digest).await.map(drop)
+    }
+
+    async fn discard(
+        &self,
+        repository: &str,
+        attempt_tag: &str,
+        also: &str,
+        needed: &BTreeSet<Digest>,
+    ) -> Result<Discarded, Fault> {
+        let Some(digest) = self.client.head(repository, attempt_tag).await? else { return Ok(Discarded::Absent) };
+        // Deleting a manifest drops every tag on it, so all are looked at first.
+        let tags = self.by_digest(repository).await?.remove(&digest).unwrap_or_default();
+        let (ours, others): (Vec<_>, Vec<_>) = tags.iter().partition(|tag| *tag == attempt_tag || *tag == also);
+        if others.is_empty() && !needed.contains(&digest) {
+            self.client.delete_manifest(repository, &digest).await?;
+        } else {
+            for tag in ours {
+                self.untag(repository, tag).await?;
+            }
+        }
+        Ok(Discarded::Removed)
     }
 }

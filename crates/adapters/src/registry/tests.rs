@@ -7,9 +7,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use replank_core::fault::Class;
-use replank_core::image::ImageId;
+use replank_core::image::{ImageId, attempt_tag};
 use replank_core::phase::Recipe;
-use replank_core::ports::{BuildSpec, Builder as _, NoLog, Registry, Tree};
+use replank_core::ports::{BuildSpec, Builder as _, Discarded, NoLog, Registry, Tree};
 use replank_core::words::{AppName, CommitSha, ComponentName, Digest, InstallationId, JobId, Nonce, OpKey, Version};
 
 use super::*;
@@ -43,9 +43,10 @@ async fn build(repository: &str, name: &str, installation: &InstallationId, push
     let spec = BuildSpec {
         installation: installation.clone(),
         application: AppName::new("shop").expect("name"),
-        key: OpKey::derive(&job, "build", 1, &Nonce::new("0".repeat(32)).expect("nonce")),
+        key: key(name),
         job,
         attempt: 1,
+        resumed: false,
         component: ComponentName::new("api").expect("name"),
         recipe: Recipe {
             dockerfile: "Dockerfile".to_owned(),
@@ -55,6 +56,7 @@ async fn build(repository: &str, name: &str, installation: &InstallationId, push
             platform: None,
             secrets: Vec::new(),
             repository: repository.to_owned(),
+            unlabelled: false,
         },
         tree: Tree { path: dir.path().to_owned(), commit: CommitSha::new("c".repeat(40)).expect("commit") },
         version: Version::release(1, 0, 0),
@@ -74,7 +76,7 @@ async fn build(repository: &str, name: &str, installation: &InstallationId, push
 
 async fn world(repository: String, push: bool) -> World {
     let mut ours = Vec::new();
-    for name in ["first", "second"] {
+    for name in ["first", "second", "third"] {
         ours.push(build(&repository, name, &installation("a"), push).await);
     }
     let foreign = build(&repository, "foreign", &installation("b"), push).await;
@@ -84,7 +86,7 @@ async fn world(repository: String, push: bool) -> World {
 /// What every registry must do.
 async fn conforms(registry: &dyn Registry, world: &World) {
     let us = installation("a");
-    let [first, second] = &world.ours[..] else { panic!("two images") };
+    let [first, second, third] = &world.ours[..] else { panic!("three images") };
 
     let stored = registry.resolve(first).await.expect("resolve").expect("there");
     assert_eq!(stored.image, *first);
@@ -135,6 +137,23 @@ async fn conforms(registry: &dyn Registry, world: &World) {
     assert!(registry.resolve(first).await.expect("resolve").is_none());
     assert!(registry.resolve(second).await.expect("resolve").is_some());
     assert!(registry.resolve(&world.foreign).await.expect("resolve").is_some());
+
+    let tag = |name: &str| attempt_tag(&Version::release(1, 0, 0), &key(name));
+    let discard = async |tag: &str, needed: &[&ImageId]| {
+        let needed = needed.iter().map(|image| image.digest().clone()).collect();
+        registry.discard(&world.repository, tag, "v0.0.1", &needed).await.expect("discard")
+    };
+    assert_eq!(discard("v1.0.0-nothing", &[]).await, Discarded::Absent);
+    assert_eq!(discard(&tag("second"), &[second]).await, Discarded::Removed);
+    assert!(registry.resolve(second).await.expect("resolve").is_some(), "what is needed stays");
+    assert_eq!(discard(&tag("third"), &[second]).await, Discarded::Removed);
+    assert!(registry.resolve(third).await.expect("resolve").is_none(), "nothing else led to it");
+    assert_eq!(discard(&tag("third"), &[]).await, Discarded::Absent);
+}
+
+fn key(name: &str) -> OpKey {
+    let job = JobId::new(format!("job-{name}")).expect("job");
+    OpKey::derive(&job, "build", 1, &Nonce::new("0".repeat(32)).expect("nonce"))
 }
 
 #[tokio::test]

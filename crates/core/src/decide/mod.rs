@@ -9,10 +9,11 @@ mod task;
 
 use std::collections::BTreeMap;
 
-use task::{FETCH, PREPARE, build_step, job_of};
+pub(crate) use task::build_step;
+use task::{FETCH, PREPARE, job_of};
 
 pub use streaks::{Streak, Streaks};
-pub use task::{Action, Ended, Outcome, Prepared, TaskId, Tasks};
+pub use task::{Action, Ended, Outcome, Prepared, Purged, TaskId, Tasks};
 
 use crate::event::Event;
 use crate::fault::{Class, Told};
@@ -184,7 +185,11 @@ pub fn decide(view: &View<'_>) -> Decision {
         (Phase::Fetching, Some(_)) => {
             let done = |outcome: &Outcome| match outcome {
                 Outcome::Fetched(fetched) => Some(Event::Fetched(fetched.clone())),
-                Outcome::Built(_) | Outcome::Prepared(_) | Outcome::Changed | Outcome::CleanedUp => None,
+                Outcome::Built(_)
+                | Outcome::Prepared(_)
+                | Outcome::Changed
+                | Outcome::CleanedUp
+                | Outcome::Purged(_) => None,
             };
             run(view, FETCH, Action::Fetch, view.policy.budgets.fetching, view.record.entered_at, done)
         }
@@ -192,7 +197,11 @@ pub fn decide(view: &View<'_>) -> Decision {
         (Phase::Patching(patching), Some(job)) => {
             let done = |outcome: &Outcome| match outcome {
                 Outcome::Prepared(prepared) => Some(prepared_event(view, job, &patching.images, prepared)),
-                Outcome::Fetched(_) | Outcome::Built(_) | Outcome::Changed | Outcome::CleanedUp => None,
+                Outcome::Fetched(_)
+                | Outcome::Built(_)
+                | Outcome::Changed
+                | Outcome::CleanedUp
+                | Outcome::Purged(_) => None,
             };
             run(view, PREPARE, Action::Prepare, view.policy.budgets.patching, view.record.entered_at, done)
         }

@@ -2,23 +2,25 @@
 
 use std::collections::BTreeSet;
 
-use super::task::CLEAN_UP;
-use super::{Action, Decision, Ended, View, look_again};
+use super::task::{CLEAN_UP, PURGE};
+use super::{Action, Decision, Ended, Outcome, View, look_again};
 use crate::event::Event;
 use crate::phase::Phase;
 use crate::ports::{Change, Observation, Running};
 use crate::record::{ControllerId, Deployment, Overlap};
 use crate::swap::{Fit, Step, fit, hand_over};
-use crate::words::ContainerName;
+use crate::words::{ContainerName, Millis};
 
 /// Between jobs: put right what a late effect changed, and retire what nobody needs any more.
 pub(super) fn decide(view: &View<'_>) -> Decision {
     let record = view.record;
     let rest =
         |why: &str| Decision::Wait { until: Some(view.now.plus(view.policy.observe_at_rest)), why: why.to_owned() };
-    let (Some(serving), Some(seen)) = (&record.serving, view.observation) else {
-        return rest("at rest");
+    let Some(serving) = &record.serving else {
+        // Nothing runs, or nothing that is ours to run: a service that only builds leaves trees, logs and images all the same.
+        return housekeeping(view).unwrap_or_else(|| rest("at rest"));
     };
+    let Some(seen) = view.observation else { return rest("at rest") };
     let as_decision = |step: Step| match step {
         Step::Record(event) => Decision::Record(event),
         Step::Act(action) => Decision::Act(action),
@@ -75,7 +77,31 @@ pub(super) fn decide(view: &View<'_>) -> Decision {
     if let Some(event) = forget_snapshot(view) {
         return Decision::Record(event);
     }
-    if is_clean_up_due(view) { Decision::Act(Action::CleanUp) } else { rest("at rest") }
+    housekeeping(view).unwrap_or_else(|| rest("at rest"))
+}
+
+fn housekeeping(view: &View<'_>) -> Option<Decision> {
+    purge(view).or_else(|| is_clean_up_due(view).then_some(Decision::Act(Action::CleanUp)))
+}
+
+/// What a failed job left in the registry is removed at once; what could not be is tried again daily, and after each failure.
+fn purge(view: &View<'_>) -> Option<Decision> {
+    let task = view.task(PURGE, 1);
+    if view.tasks.running.contains(&task) {
+        return None;
+    }
+    let is_due = |tried_at: Option<Millis>| tried_at.is_none_or(|at| view.now.since(at) >= view.policy.clean_up_every);
+    if !view.record.orphans.iter().any(|orphan| is_due(orphan.tried_at)) {
+        return None;
+    }
+    match view.tasks.ended.get(&task) {
+        // A purge that ended before the newest try that is recorded speaks of that one.
+        Some(Ended::Well { outcome: Outcome::Purged(purged), at }) if view.record.updated_at <= *at => {
+            Some(Decision::Record(Event::PurgeTried { removed: purged.removed.clone(), why: purged.why.clone() }))
+        }
+        Some(Ended::Badly { at, .. }) if view.now.since(*at) < view.policy.backoff_max => None,
+        Some(_) | None => Some(Decision::Act(Action::Purge)),
+    }
 }
 
 /// The way back closes when its images' time is over: what may be gone is not offered.

@@ -27,6 +27,8 @@ pub enum Action {
     },
     /// Remove what earlier jobs left and nobody needs: trees, logs, images.
     CleanUp,
+    /// Remove from the registry what failed jobs left there without a label.
+    Purge,
 }
 
 impl Action {
@@ -39,6 +41,7 @@ impl Action {
             Self::Prepare => named(PREPARE.to_owned(), 1),
             Self::Change { task, .. } => task.clone(),
             Self::CleanUp => named(CLEAN_UP.to_owned(), 1),
+            Self::Purge => named(PURGE.to_owned(), 1),
         }
     }
 }
@@ -46,8 +49,9 @@ impl Action {
 pub(super) const FETCH: &str = "fetch";
 pub(super) const PREPARE: &str = "prepare";
 pub(super) const CLEAN_UP: &str = "clean-up";
+pub(super) const PURGE: &str = "purge";
 
-pub(super) fn build_step(component: &ComponentName) -> String {
+pub(crate) fn build_step(component: &ComponentName) -> String {
     format!("build-{component}")
 }
 
@@ -71,6 +75,14 @@ pub enum Outcome {
     Prepared(Box<Prepared>),
     Changed,
     CleanedUp,
+    Purged(Purged),
+}
+
+/// What is no longer in the registry, and why the rest still is.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Purged {
+    pub removed: Vec<OpKey>,
+    pub why: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -215,3 +215,77 @@ fn no_image_that_a_record_speaks_of_is_left_out() {
     }
     assert!(most > 1, "there is something to leave out");
 }
+
+/// A service that only builds, at rest, with what `orphans` tried when.
+fn build_only(now: i64, orphans: &[Option<i64>]) -> Scene {
+    let mut record = record_in(State::FailedPre, Mode::Single);
+    (record.running, record.serving, record.snapshot) = (None, None, None);
+    let orphan = |(n, tried_at): (usize, &Option<i64>)| Orphan {
+        repository: "acr.example/app".to_owned(),
+        version: Version::release(0, 2, 0),
+        key: job(&format!("job-{n}"), 2, Mode::Single).key("build-app", 1),
+        since: Millis(0),
+        seen: true,
+        tried_at: tried_at.map(Millis),
+    };
+    record.orphans = orphans.iter().enumerate().map(orphan).collect();
+    scene(record).at(now)
+}
+
+#[test]
+fn what_failed_jobs_pushed_is_removed_at_once_and_then_daily() {
+    let day = 24 * 3_600 * 1_000;
+    for (now, orphans, due) in [
+        (5, &[][..], false),
+        (5, &[None], true),
+        (5, &[Some(0)], false),
+        (5, &[Some(0), None], true),
+        (day - 1, &[Some(0)], false),
+        (day, &[Some(0)], true),
+    ] {
+        let decision = build_only(now, orphans).decide();
+        assert_eq!(matches!(decision, Decision::Act(Action::Purge)), due, "{now} {orphans:?}: {decision:?}");
+        // Nothing to purge is no reason not to clean up, also where no platform is.
+        assert_eq!(matches!(decision, Decision::Act(Action::CleanUp)), !due, "{now} {orphans:?}: {decision:?}");
+    }
+    let mut running = build_only(5, &[None]);
+    running.tasks.running.insert(task("purge"));
+    assert!(!matches!(running.decide(), Decision::Act(Action::Purge)), "one at a time");
+    let failed = Ended::Badly { told: replank_core::fault::Told::permanent("no", ""), tries: 1, at: Millis(5) };
+    assert!(!matches!(build_only(6, &[None]).ended("purge", failed).decide(), Decision::Act(Action::Purge)));
+}
+
+#[test]
+fn what_a_purge_came_to_is_recorded_under_the_contract_s_names() {
+    let scene = build_only(5, &[None, None]);
+    let keys: Vec<_> = scene.record.orphans.iter().map(|orphan| orphan.key.clone()).collect();
+    let ended = |removed: &[OpKey], why: &str, at| Ended::Well {
+        outcome: Outcome::Purged(Purged { removed: removed.to_vec(), why: why.to_owned() }),
+        at: Millis(at),
+    };
+    let decision = scene.ended("purge", ended(&keys[..1], "not permitted", 5)).decide();
+    let Decision::Record(event) = decision else { panic!("{decision:?}") };
+    let mut record = build_only(5, &[None, None]).record;
+    let told = |record: &mut Record, event: &Event, now| {
+        let commit = apply(record, event, Millis(now)).unwrap();
+        *record = commit.record;
+        let line: serde_json::Value = serde_json::from_slice(&commit.lines[0].bytes).unwrap();
+        line
+    };
+    let line = told(&mut record, &event, 6);
+    assert_eq!((line["event"].as_str(), line["why"].as_str()), (Some("orphan_acr_tags"), Some("not permitted")));
+    assert_eq!(line["left"], serde_json::json!([format!("acr.example/app:v0.2.0-{}", keys[1])]));
+    assert_eq!(line["removed"], serde_json::json!([format!("acr.example/app:v0.2.0-{}", keys[0])]));
+    assert_eq!(record.orphans.iter().map(|o| (&o.key, o.tried_at)).collect::<Vec<_>>(), [(&keys[1], Some(Millis(6)))]);
+    // The next tries have the other name, whatever they come to; what has been told is not told twice.
+    let again = Event::PurgeTried { removed: vec![], why: "not permitted".to_owned() };
+    assert_eq!(told(&mut record, &again, 7)["event"], "orphan_purge_attempt");
+    let gone = Event::PurgeTried { removed: vec![keys[1].clone()], why: String::new() };
+    assert_eq!(told(&mut record, &gone, 8)["event"], "orphan_purge_attempt");
+    assert!(record.orphans.is_empty());
+    // A purge of before the last change of the record says nothing about what is there now.
+    let mut stale = build_only(90_000_000, &[Some(10)]);
+    stale.record.updated_at = Millis(10);
+    let decision = stale.ended("purge", ended(&[], "old", 9)).decide();
+    assert!(matches!(decision, Decision::Act(Action::Purge)), "{decision:?}");
+}

@@ -56,6 +56,7 @@ fn local(config: &Config, world: &mut World, record: &Record, action: &Action) -
             Outcome::Prepared(Box::new(Prepared { plan: plan(config), escape_hatch: vec![], reads_format: Some(2) }))
         }
         Action::CleanUp => Outcome::CleanedUp,
+        Action::Purge => Outcome::Purged(Purged::default()),
         Action::Change { .. } => unreachable!("a change is no local step"),
     }
 }
@@ -66,6 +67,7 @@ fn local_task(record: &Record, action: &Action) -> TaskId {
         Action::Build { component, attempt, .. } => (format!("build-{component}"), *attempt),
         Action::Prepare => ("prepare".to_owned(), 1),
         Action::CleanUp => ("clean-up".to_owned(), 1),
+        Action::Purge => ("purge".to_owned(), 1),
         Action::Change { task, .. } => return task.clone(),
     };
     TaskId { job: record.job.as_ref().unwrap().id.to_string(), step, attempt }
@@ -166,7 +168,7 @@ pub fn think(config: &Config, world: &mut World, id: &RevisionId, how: Local) ->
                 tasks.ended.insert(task, ended);
             }
             // It touches nothing that a record speaks of, so that only the decision after it matters here.
-            Decision::Act(action @ Action::CleanUp) => {
+            Decision::Act(action @ (Action::CleanUp | Action::Purge)) => {
                 let outcome = local(config, world, &record, &action);
                 tasks.ended.insert(local_task(&record, &action), Ended::Well { outcome, at: now });
             }

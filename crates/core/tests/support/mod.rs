@@ -51,6 +51,7 @@ pub fn job(id: &str, minor: u64, mode: Mode) -> Job {
         mode,
         on_rollout_failure: OnRolloutFailure::Hold,
         build_only: false,
+        reuse: None,
         extra: BTreeMap::new(),
     }
 }
@@ -101,6 +102,7 @@ pub fn fetched() -> Fetched {
         platform: None,
         secrets: vec![],
         repository: "shop/app".to_owned(),
+        unlabelled: false,
     };
     Fetched { recipes: BTreeMap::from([(app(), recipe)]), manifest: serde_json::Value::Null }
 }
@@ -143,7 +145,9 @@ pub fn record_in(state: State, mode: Mode) -> Record {
             let build = Build { attempt: 1, intended_at: Millis(0), built: Some(built) };
             Phase::Building(Building { fetched: fetched(), builds: BTreeMap::from([(app(), build)]) })
         }
-        State::Patching => Phase::Patching(Patching { fetched: fetched(), images: images('2') }),
+        State::Patching => {
+            Phase::Patching(Patching { attempts: Default::default(), fetched: fetched(), images: images('2') })
+        }
         State::RollingOut => Phase::RollingOut(swap),
         State::Validating => Phase::Validating(swap),
         State::Confirming => {

@@ -34,7 +34,9 @@ use super::lines;
 use super::place::{self, Places};
 use super::sinks::{Kept, Sent};
 use crate::policy;
-use crate::protocol::{EXIT_NOT_STARTED, Health, Outcome, Request, Stream, Summary, TOKEN_HEADER};
+use crate::protocol::{
+    CREDENTIAL_FEATURE, EXIT_NOT_STARTED, FEATURES_HEADER, Health, Outcome, Request, Stream, Summary, TOKEN_HEADER,
+};
 
 /// A client that has not sent its head, or its body, by then is not going to.
 const HEAD_LIMIT: Duration = Duration::from_secs(10);
@@ -128,7 +130,10 @@ impl Server {
         let answered = match (request.method(), path.as_str()) {
             (&Method::GET, "/healthz") => {
                 let health = Health { status: "ok".to_owned(), max_concurrency: self.config.max_concurrency };
-                Ok(json_answer(StatusCode::OK, &health))
+                let mut answer = json_answer(StatusCode::OK, &health);
+                let features = header::HeaderValue::from_static(CREDENTIAL_FEATURE);
+                answer.headers_mut().insert(FEATURES_HEADER, features);
+                Ok(answer)
             }
             (&Method::POST, "/exec") => self.exec(request).await,
             (&Method::POST, "/exec/stream") => self.stream(request).await,

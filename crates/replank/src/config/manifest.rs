@@ -256,6 +256,7 @@ pub fn recipes(
             platform: own.platform.clone(),
             secrets: own.secrets.clone(),
             repository: own.repository.clone(),
+            unlabelled: false,
         };
         (name.clone(), recipe)
     };

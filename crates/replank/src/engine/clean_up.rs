@@ -2,12 +2,17 @@
 
 use std::collections::BTreeSet;
 
+use replank_core::decide::Purged;
 use replank_core::fault::Fault;
-use replank_core::ports::{Registry, Stored};
+use replank_core::image::{attempt_tag, version_tag};
+use replank_core::ports::{Discarded, Registry, Stored};
 use replank_core::record::Record;
 use replank_core::words::Digest;
 
 use super::execute::Executor;
+
+/// The longest time-out of a build in a registry's own service (eight hours), with room.
+const BUILD_OUTLIVES_MS: u64 = 12 * 3_600_000;
 
 impl Executor {
     /// At rest only. What cannot be removed now is told and left for the next time: clutter is no reason to fail.
@@ -52,5 +57,29 @@ impl Executor {
             }
         }
         Ok(())
+    }
+
+    /// What failed jobs pushed without a label, by the tags of their attempts. What cannot be removed stays in the record.
+    pub(super) async fn purge(&self, record: &Record) -> Result<Purged, Fault> {
+        self.still_mine(record).await?;
+        let needed: BTreeSet<Digest> = record.images().map(|image| image.digest().clone()).collect();
+        let now = self.ports.clock.now();
+        let mut purged = Purged::default();
+        for orphan in &record.orphans {
+            let (attempt, version) = (attempt_tag(&orphan.version, &orphan.key), version_tag(&orphan.version));
+            match self.ports.registry.discard(&orphan.repository, &attempt, &version, &needed).await {
+                Ok(Discarded::Removed) => purged.removed.push(orphan.key.clone()),
+                // A build that nobody waited for may push long after its job has failed.
+                Ok(Discarded::Absent) if orphan.seen || now.since(orphan.since) >= BUILD_OUTLIVES_MS => {
+                    purged.removed.push(orphan.key.clone());
+                }
+                Ok(Discarded::Absent) => "its build may still be going on".clone_into(&mut purged.why),
+                Err(fault) => {
+                    tracing::warn!(error = %fault.chain(), "what a failed job pushed was not removed");
+                    purged.why = fault.told().sentence();
+                }
+            }
+        }
+        Ok(purged)
     }
 }

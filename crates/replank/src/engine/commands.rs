@@ -103,6 +103,7 @@ impl LocalEngine {
             mode: self.setup.mode,
             on_rollout_failure: self.setup.on_rollout_failure,
             build_only: request.build_only || self.ports.platform.is_none(),
+            reuse: None,
             extra: Default::default(),
         })
     }

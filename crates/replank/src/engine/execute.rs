@@ -1,15 +1,16 @@
 //! Carries out what was decided: fetch, build, prepare, change. One task each; the result goes back to the loop.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use replank_core::decide::{Action, Ended, Outcome, Prepared, TaskId};
 use replank_core::fault::Fault;
 use replank_core::format::FORMATS_LABEL;
-use replank_core::image::Images;
-use replank_core::phase::Phase;
+use replank_core::image::{ImageId, Images};
+use replank_core::phase::{Built, Phase, Recipe};
 use replank_core::ports::{BuildSpec, Log as _, LogId, NoLog, Platform, Source, Stream, Tree};
 use replank_core::record::{Job, Record};
-use replank_core::words::{ComponentName, JobId, OpKey};
+use replank_core::words::{ComponentName, JobId, Millis, OpKey};
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinHandle;
 use tokio_util::task::AbortOnDropHandle;
@@ -25,6 +26,8 @@ pub(super) struct Executor {
     results: mpsc::Sender<(TaskId, Ended)>,
     /// The tree of the job that is being built; builds of several components fetch it once.
     pub(super) tree: Mutex<Option<(JobId, Tree)>>,
+    /// When this process began: a build that was intended before may have been begun by an earlier one.
+    begun: Millis,
 }
 
 impl Executor {
@@ -34,7 +37,8 @@ impl Executor {
         shared: Arc<Shared>,
         results: mpsc::Sender<(TaskId, Ended)>,
     ) -> Self {
-        Self { ports, setup, shared, results, tree: Mutex::new(None) }
+        let begun = ports.clock.now();
+        Self { ports, setup, shared, results, tree: Mutex::new(None), begun }
     }
 
     /// Runs an action beside the loop. Aborting the handle drops the work.
@@ -42,7 +46,7 @@ impl Executor {
         tokio::spawn(async move {
             let inner = {
                 let this = self.clone();
-                tokio::spawn(async move { this.carry_out(&record, action).await })
+                tokio::spawn(async move { this.carry_out(&record, action, tries).await })
             };
             let result = match AbortOnDropHandle::new(inner).await {
                 Ok(result) => result,
@@ -65,7 +69,7 @@ impl Executor {
         })
     }
 
-    async fn carry_out(&self, record: &Record, action: Action) -> Result<Outcome, Fault> {
+    async fn carry_out(&self, record: &Record, action: Action, tries: u32) -> Result<Outcome, Fault> {
         match action {
             Action::Fetch => {
                 let (job, source) = (self.job(record)?, self.source()?);
@@ -73,7 +77,7 @@ impl Executor {
                 let fetched = self.setup.recipes.recipes(&tree, &job.target.version, record.running.as_ref()).await?;
                 Ok(Outcome::Fetched(fetched))
             }
-            Action::Build { component, attempt, key } => self.build(record, component, attempt, key).await,
+            Action::Build { component, attempt, key } => self.build(record, component, attempt, key, tries).await,
             Action::Prepare => self.prepare(record).await,
             Action::Change { change, .. } => {
                 self.still_mine(record).await?;
@@ -84,6 +88,7 @@ impl Executor {
                 self.clean_up(record).await;
                 Ok(Outcome::CleanedUp)
             }
+            Action::Purge => Ok(Outcome::Purged(self.purge(record).await?)),
         }
     }
 
@@ -121,6 +126,7 @@ impl Executor {
         component: ComponentName,
         attempt: u32,
         key: OpKey,
+        tries: u32,
     ) -> Result<Outcome, Fault> {
         let (job, source) = (self.job(record)?, self.source()?);
         let Phase::Building(building) = &record.phase else {
@@ -129,17 +135,31 @@ impl Executor {
         let recipe = building.fetched.recipes.get(&component).cloned().ok_or_else(|| {
             Fault::permanent(format!("the release has no recipe for {component}")).advice("report this")
         })?;
-        let tree = self.tree(job, source.as_ref()).await?;
+        let resumed = tries > 0 || building.builds.get(&component).is_some_and(|b| b.intended_at < self.begun);
+        let reused = self.reused(job, &component, &recipe).await?;
         let id = LogId { job: job.id.clone(), component: component.clone() };
         // The builder writes the exact request as the first line after the marker.
         let begin = Begin { id, attempt, key: key.to_string(), request: String::new() };
         let log = BuildLog::begin(self.ports.logs.clone(), self.ports.clock.as_ref(), &begin, &self.setup.secrets);
+        if let Some(image) = reused {
+            log.write(Stream::Stdout, format!("image {image}, made of the same commit by an earlier job\n").as_bytes());
+            log.finish().await;
+            return Ok(Outcome::Built(Built {
+                image,
+                bases: BTreeMap::new(),
+                queued_ms: 0,
+                built_ms: 0,
+                adopted: true,
+            }));
+        }
+        let tree = self.tree(job, source.as_ref()).await?;
         let spec = BuildSpec {
             installation: record.installation.clone(),
             application: record.application.clone(),
             job: job.id.clone(),
             key,
             attempt,
+            resumed,
             component: component.clone(),
             recipe,
             tree,
@@ -157,6 +177,12 @@ impl Executor {
             tracing::warn!(component = %component, dropped_lines = stored.dropped_lines, "the build log is not whole");
         }
         result.map(Outcome::Built)
+    }
+
+    /// A build-only job's image of the same commit and recipe, if it is still there.
+    async fn reused(&self, job: &Job, component: &ComponentName, recipe: &Recipe) -> Result<Option<ImageId>, Fault> {
+        let Some(image) = job.reuse.as_ref().and_then(|made| made.image(component, recipe)) else { return Ok(None) };
+        Ok(self.ports.registry.resolve(image).await?.map(|_| image.clone()))
     }
 
     /// Copies a build's progress into the live view until it is dropped.

@@ -281,7 +281,7 @@ impl Reconciler {
 
 /// Tasks that change the platform; the others build or look.
 fn is_change(task: &TaskId) -> bool {
-    !(matches!(task.step.as_str(), "fetch" | "prepare" | "clean-up") || task.step.starts_with("build-"))
+    !(matches!(task.step.as_str(), "fetch" | "prepare" | "clean-up" | "purge") || task.step.starts_with("build-"))
 }
 
 /// Whether a task still belongs to what the record says.

@@ -32,6 +32,7 @@ async fn pushed(app: &App, registries: &OciConfig, host: &str) -> Deployment {
         job: JobId::new("the-job").expect("job"),
         key: deployment.key.clone(),
         attempt: 1,
+        resumed: false,
         component: component.clone(),
         recipe: Recipe {
             dockerfile: "Dockerfile".to_owned(),
@@ -41,6 +42,7 @@ async fn pushed(app: &App, registries: &OciConfig, host: &str) -> Deployment {
             platform: None,
             secrets: vec![],
             repository: format!("{host}/{}/web", app.config.application),
+            unlabelled: false,
         },
         tree: Tree { path: PathBuf::from(context.path()), commit: deployment.commit.clone() },
         version: deployment.version.clone(),

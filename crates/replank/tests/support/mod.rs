@@ -68,6 +68,7 @@ pub fn job(version: &str) -> Job {
         mode: Mode::BlueGreen,
         on_rollout_failure: OnRolloutFailure::Hold,
         build_only: false,
+        reuse: None,
         extra: BTreeMap::new(),
     }
 }

@@ -22,7 +22,7 @@ use std::time::Instant;
 
 use async_trait::async_trait;
 use replank_core::fault::Fault;
-use replank_core::image::ImageId;
+use replank_core::image::{ImageId, attempt_tag, version_tag};
 use replank_core::phase::Built;
 use replank_core::ports::{BuildSpec, Builder, Log, Stream};
 use replank_core::words::Digest;
@@ -83,8 +83,7 @@ struct Names {
 
 impl Names {
     fn of(spec: &BuildSpec) -> Self {
-        let version_tag = format!("v{}", spec.version);
-        let attempt_tag = format!("{version_tag}-{}", spec.key);
+        let (version_tag, attempt_tag) = (version_tag(&spec.version), attempt_tag(&spec.version, &spec.key));
         let repository = &spec.recipe.repository;
         Self {
             attempt: format!("{repository}:{attempt_tag}"),

@@ -76,6 +76,7 @@ impl Case {
             platform: None,
             secrets: Vec::new(),
             repository: format!("replank-test/builder-{unique}"),
+            unlabelled: false,
         };
         let spec = BuildSpec {
             installation: InstallationId::new("abcdefghij0123456789").expect("id"),
@@ -83,6 +84,7 @@ impl Case {
             key: OpKey::derive(&job, "build-api", 1, &nonce),
             job,
             attempt: 1,
+            resumed: false,
             component: ComponentName::new("api").expect("name"),
             recipe,
             tree: Tree { path: dir.path().to_owned(), commit: CommitSha::new("a".repeat(40)).expect("commit") },

@@ -458,9 +458,8 @@ impl GitSource {
         }
     }
 
-    /// Checks that a component's Dockerfile and context are in the commit and on disk, inside the tree (lesson 7).
-    /// `Ok` means that a builder may open both. Faults are permanent and name the component and the path.
-    pub async fn check_paths(
+    /// The port's check, on this machine's disk.
+    pub(super) async fn check_on_disk(
         &self,
         tree: &Tree,
         component: &str,

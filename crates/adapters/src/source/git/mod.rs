@@ -195,6 +195,16 @@ impl Source for GitSource {
         clone::Fetch { source: self, job, target, log }.go().await
     }
 
+    async fn read(&self, tree: &Tree, path: &str, max: usize) -> Result<Option<Vec<u8>>, Fault> {
+        let (root, path) = (tree.path.clone(), path.to_owned());
+        let read = tokio::task::spawn_blocking(move || tree::read_file(&root, &path, max)).await;
+        read.unwrap_or_else(|e| Err(Fault::transient("a file of the release could not be read").because(e)))
+    }
+
+    async fn check_paths(&self, tree: &Tree, component: &str, dockerfile: &str, context: &str) -> Result<(), Fault> {
+        self.check_on_disk(tree, component, dockerfile, context).await
+    }
+
     async fn discard_all_but(&self, job: Option<&JobId>) -> Result<(), Fault> {
         let (work_dir, keep) = (self.work_dir.clone(), job.cloned());
         let done = tokio::task::spawn_blocking(move || clone::remove_all_but(&work_dir, keep.as_ref())).await;
