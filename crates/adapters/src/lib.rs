@@ -2,6 +2,7 @@
 
 pub mod builder;
 pub mod engine;
+pub mod exec_channel;
 pub mod labels;
 pub mod ledger;
 pub mod logs;

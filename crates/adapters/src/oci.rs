@@ -1,6 +1,7 @@
 //! A bounded client of the OCI distribution protocol: manifests, tags and small blobs of the registries that the operator
 //! configured.
 
+mod acr;
 mod auth;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,6 +15,7 @@ use replank_core::words::{Digest, Millis};
 use reqwest::{Body, Client, Response, Url};
 use serde::Deserialize;
 
+pub use acr::MachineIdentity;
 pub use auth::Credentials;
 
 /// The distribution specification lets registries refuse larger manifests.
@@ -46,6 +48,8 @@ pub struct OciConfig {
     pub credentials: BTreeMap<String, Credentials>,
     /// Hosts other than loopback that are spoken to without TLS.
     pub insecure: BTreeSet<String>,
+    /// Azure registries by their host: who has no credentials there signs in as the machine.
+    pub machine: BTreeMap<String, MachineIdentity>,
 }
 
 /// A manifest as it was served, checked against its digest.
@@ -200,6 +204,12 @@ impl OciClient {
             let credentials = self.config.credentials.get(&place.host);
             let value = match auth::challenge(challenge) {
                 Some(auth::Challenge::Basic) if credentials.is_some() => credentials.map(Credentials::basic),
+                Some(auth::Challenge::Bearer { service, .. })
+                    if credentials.is_none() && self.config.machine.contains_key(&place.host) =>
+                {
+                    let service = service.unwrap_or_else(|| place.host.clone());
+                    self.as_machine(place, &url, &service, &scope).await?
+                }
                 Some(auth::Challenge::Bearer { realm, service }) => {
                     let realm = auth::realm(&realm, place, &self.config)?;
                     Some(
@@ -216,6 +226,13 @@ impl OciClient {
             authorization = Some(value);
         }
         Err(Fault::permanent(format!("the registry {} cannot be used", place.host)))
+    }
+
+    async fn as_machine(&self, place: &Place, url: &Url, service: &str, scope: &str) -> Result<Option<String>, Fault> {
+        let Some(machine) = self.config.machine.get(&place.host) else { return Ok(None) };
+        // What this registry calls reading a list of tags.
+        let scope = scope.replace(":pull", ":pull,metadata_read");
+        machine.authorize(&self.plain, self.client(url)?, place, service, &scope).await
     }
 
     fn unreachable(&self, place: &Place, error: reqwest::Error) -> Fault {

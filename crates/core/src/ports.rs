@@ -297,7 +297,7 @@ pub struct BuildSpec {
     pub job: JobId,
     pub key: OpKey,
     pub attempt: u32,
-    /// The same key was given to a builder before, by this process or by an earlier one: what that began may still go on.
+    /// An earlier process may have given the same key to a builder: what that one began may still go on.
     pub resumed: bool,
     pub component: ComponentName,
     pub recipe: Recipe,

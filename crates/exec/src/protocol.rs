@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 pub const TOKEN_HEADER: &str = "X-Exec-Token";
 /// Header of `GET /healthz` that names what a server does beyond the contract, separated by commas. The body stays as it is:
 /// clients compare it.
-pub const FEATURES_HEADER: &str = "X-Exec-Features";
+pub const FEATURES_HEADER: &str = "x-exec-features";
 /// The server gives a request's `git_credential` to git.
 pub const CREDENTIAL_FEATURE: &str = "git-credential";
 /// Where a server listens unless told otherwise.

@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use replank_exec::server::environment::{Surroundings, of};
-use replank_exec::server::place::{Places, azure_settings, is_inside};
+use replank_exec::server::place::{Places, azure_settings, is_inside, sweep_clones};
 
 fn own() -> BTreeMap<OsString, OsString> {
     [
@@ -164,6 +164,24 @@ fn fresh_directories_are_private_and_go_and_stale_ones_are_swept() {
     for wrong in [file, place.path().join("link")] {
         assert!(Places::open(wrong, now).is_err());
     }
+}
+
+#[test]
+fn clones_that_no_job_can_need_are_swept() {
+    let place = tempfile::tempdir().unwrap();
+    let (old, young) = (place.path().join("job-1"), place.path().join("job-2"));
+    for clone in [&old, &young] {
+        std::fs::create_dir_all(clone.join("api")).unwrap();
+    }
+    symlink(&young, place.path().join("link")).unwrap();
+    let now = std::fs::metadata(&young).unwrap().modified().unwrap();
+    std::fs::File::open(&old).unwrap().set_modified(now - Duration::from_secs(25 * 3_600)).unwrap();
+    sweep_clones(place.path(), now).unwrap();
+    assert!(!old.exists() && young.join("api").exists());
+    // A day later, a link goes and not what it leads to.
+    std::fs::File::open(&young).unwrap().set_modified(now + Duration::from_secs(48 * 3_600)).unwrap();
+    sweep_clones(place.path(), now + Duration::from_secs(49 * 3_600)).unwrap();
+    assert!(place.path().join("link").symlink_metadata().is_err() && young.join("api").exists());
 }
 
 #[test]

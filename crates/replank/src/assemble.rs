@@ -4,25 +4,30 @@ use std::path::Path;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use replank_adapters::builder::az_exec::{AzExecBuilder, AzExecConfig};
 use replank_adapters::builder::docker::{DockerBuilder, DockerBuilderConfig, SecretSource as BuildSecret};
 use replank_adapters::engine::Engine;
+use replank_adapters::exec_channel::Channel;
 use replank_adapters::ledger::sqlite::SqliteLedger;
 use replank_adapters::logs::sqlite::SqliteLogs;
-use replank_adapters::oci::{Credentials as RegistryCredentials, OciConfig};
+use replank_adapters::oci::{Credentials as RegistryCredentials, MachineIdentity, OciConfig};
 use replank_adapters::platform::docker::config::SecretSource;
 use replank_adapters::platform::docker::{DockerPlatform, Vantage};
 use replank_adapters::registry::engine::EngineRegistry;
 use replank_adapters::registry::oci::OciRegistry;
-use replank_adapters::source::git::{Credential, GitConfig, GitSource, tree};
+use replank_adapters::source::az_exec::AzExecSource;
+use replank_adapters::source::git::{Credential, GitConfig, GitSource};
 use replank_adapters::sqlite::Store;
 use replank_core::fault::Fault;
 use replank_core::phase::Fetched;
-use replank_core::ports::{Clock as _, Ids as _, Ledger, LedgerError, Registry, Tokens, Tree};
+use replank_core::ports::{
+    Builder, Clock as _, Ids as _, Ledger, LedgerError, Platform, Registry, Source, Tokens, Tree,
+};
 use replank_core::record::{ControllerId, Deployment, Record};
 use replank_core::words::{InstallationId, RevisionId, Version};
 
 use crate::config::env::Environment;
-use crate::config::{RegistrySettings, Settings, manifest};
+use crate::config::{ExecSettings, RegistrySettings, Settings, manifest};
 use crate::engine::{LocalEngine, Ports, Recipes, Setup, Shared};
 use crate::lock::ControllerLock;
 use crate::system::{SystemClock, SystemIds};
@@ -38,7 +43,8 @@ pub struct Controller {
     pub shared: Arc<Shared>,
     pub engine: Arc<LocalEngine>,
     pub tokens: Arc<dyn Tokens>,
-    pub docker: Arc<DockerPlatform>,
+    /// Absent where nothing is run.
+    pub docker: Option<Arc<DockerPlatform>>,
     /// Kept for as long as the controller: one process for each revision.
     pub lock: ControllerLock,
 }
@@ -63,13 +69,67 @@ pub async fn controller(settings: &Settings, env: &Environment) -> anyhow::Resul
     let installation = installation(ledger.as_ref(), settings, &me).await?;
 
     let mut secrets = Vec::new();
-    let source = source(settings, env, &mut secrets)?.map(Arc::new);
+    let parts = match &settings.exec {
+        Some(exec) => through_exec(settings, exec, env, &mut secrets)?,
+        None => on_the_engine(settings, env, &mut secrets)?,
+    };
+    let docker = if settings.platform.runs {
+        let vantage = match &me {
+            ControllerId::Host => Vantage::Host,
+            ControllerId::Revision(revision) => Vantage::Inside(revision.clone()),
+        };
+        let docker = DockerPlatform::new(settings.docker(installation.clone()), vantage, clock.clone())?;
+        Some(Arc::new(docker.with_registries(parts.registries)))
+    } else {
+        None
+    };
+
+    let ports = Ports {
+        clock,
+        ids: ids.clone(),
+        ledger: ledger.clone(),
+        logs: Arc::new(SqliteLogs::new(store)),
+        source: parts.source.clone(),
+        builder: parts.builder,
+        registry: parts.registry,
+        local_images: parts.local_images,
+        platform: docker.clone().map(|docker| docker as Arc<dyn Platform>),
+    };
+    let setup = Arc::new(Setup {
+        application: settings.application.clone(),
+        installation,
+        me,
+        instance: ids.random(8).iter().map(|b| format!("{b:02x}")).collect(),
+        policy: settings.policy.clone(),
+        mode: settings.mode,
+        on_rollout_failure: settings.on_rollout_failure,
+        components: settings.components.keys().cloned().collect(),
+        secrets,
+        recipes: Arc::new(ReleaseRecipes { settings: settings.clone(), source: parts.source }),
+    });
+    let shared = Arc::new(Shared::default());
+    let engine = Arc::new(LocalEngine::new(ports.clone(), setup.clone(), shared.clone()));
+    Ok(Controller { ports, setup, shared, engine, tokens: ledger, docker, lock })
+}
+
+/// Where releases come from, how they are built, and where images go.
+struct Parts {
+    source: Option<Arc<dyn Source>>,
+    builder: Arc<dyn Builder>,
+    registry: Arc<dyn Registry>,
+    local_images: Option<Arc<dyn Registry>>,
+    registries: OciConfig,
+}
+
+/// Everything on one Docker engine.
+fn on_the_engine(settings: &Settings, env: &Environment, secrets: &mut Vec<String>) -> Result<Parts, Fault> {
+    let source = source(settings, env, secrets)?;
     let socket = &settings.platform.socket;
-    let registries = registries(settings.registry.as_ref(), &mut secrets)?;
+    let registries = registries(settings, secrets)?;
     let builder = DockerBuilder::new(
         Engine::connect(socket)?,
         DockerBuilderConfig {
-            secrets: build_secrets(settings, env, &mut secrets)?,
+            secrets: build_secrets(settings, env, secrets)?,
             memory: settings.build.memory_bytes,
             milli_cpus: settings.build.cpu_millis.map(u64::from),
             push: settings.registry.as_ref().is_some_and(|r| r.push),
@@ -82,39 +142,35 @@ pub async fn controller(settings: &Settings, env: &Environment) -> anyhow::Resul
         Some(r) if r.push => (Arc::new(OciRegistry::new(registries.clone())?), Some(engine)),
         Some(_) | None => (engine, None),
     };
-    let vantage = match &me {
-        ControllerId::Host => Vantage::Host,
-        ControllerId::Revision(revision) => Vantage::Inside(revision.clone()),
-    };
-    let docker = DockerPlatform::new(settings.docker(installation.clone()), vantage, clock.clone())?;
-    let docker = Arc::new(docker.with_registries(registries));
+    let source = source.map(|source| Arc::new(source) as Arc<dyn Source>);
+    Ok(Parts { source, builder: Arc::new(builder), registry, local_images, registries })
+}
 
-    let ports = Ports {
-        clock,
-        ids: ids.clone(),
-        ledger: ledger.clone(),
-        logs: Arc::new(SqliteLogs::new(store)),
-        source: source.clone().map(|s| s as Arc<dyn replank_core::ports::Source>),
-        builder: Arc::new(builder),
-        registry,
-        local_images,
-        platform: Some(docker.clone()),
-    };
-    let setup = Arc::new(Setup {
-        application: settings.application.clone(),
-        installation,
-        me,
-        instance: ids.random(8).iter().map(|b| format!("{b:02x}")).collect(),
-        policy: settings.policy.clone(),
-        mode: settings.mode,
-        on_rollout_failure: settings.on_rollout_failure,
-        components: settings.components.keys().cloned().collect(),
-        secrets,
-        recipes: Arc::new(ReleaseRecipes { settings: settings.clone(), source }),
+/// git and az in another container, images in an Azure registry: no engine is needed here.
+fn through_exec(
+    settings: &Settings,
+    exec: &ExecSettings,
+    env: &Environment,
+    secrets: &mut Vec<String>,
+) -> Result<Parts, Fault> {
+    let token = secret(&exec.token, env, "the exec server's token")?;
+    secrets.push(token.clone());
+    let channel = Channel::new(&exec.url, &token)?;
+    let git = source(settings, env, secrets)?;
+    let source = git.map(|git| {
+        let root = exec.clone_root.clone();
+        Arc::new(AzExecSource::new(git, channel.clone(), root, exec.credential_in_url)) as Arc<dyn Source>
     });
-    let shared = Arc::new(Shared::default());
-    let engine = Arc::new(LocalEngine::new(ports.clone(), setup.clone(), shared.clone()));
-    Ok(Controller { ports, setup, shared, engine, tokens: ledger, docker, lock })
+    let registries = registries(settings, secrets)?;
+    let config = AzExecConfig {
+        registry: settings.registry.as_ref().and_then(|r| r.acr.clone()).unwrap_or_default(),
+        client_id: exec.client_id.clone(),
+        wait_out: exec.wait_out,
+        registries: registries.clone(),
+    };
+    let builder = Arc::new(AzExecBuilder::new(channel, config)?);
+    let registry = Arc::new(OciRegistry::new(registries.clone())?);
+    Ok(Parts { source, builder, registry, local_images: None, registries })
 }
 
 /// The installation's id: the record's, or a new one that becomes the record's.
@@ -144,6 +200,7 @@ fn source(settings: &Settings, env: &Environment, secrets: &mut Vec<String>) -> 
             Some(Credential { username: c.username.clone(), password })
         }
     };
+    secrets.extend(password_in(&source.remote));
     let mut config = GitConfig::new(source.remote.clone(), settings.work_dir());
     config.credential = credential;
     config.tracking_branch.clone_from(&source.branch);
@@ -153,9 +210,37 @@ fn source(settings: &Settings, env: &Environment, secrets: &mut Vec<String>) -> 
     GitSource::new(config).map(Some)
 }
 
-fn registries(registry: Option<&RegistrySettings>, secrets: &mut Vec<String>) -> Result<OciConfig, Fault> {
+/// The password that a remote's URL carries, as it stands there and as it is meant.
+fn password_in(remote: &str) -> Vec<String> {
+    let authority = remote.split_once("://").map_or("", |(_, rest)| rest.split('/').next().unwrap_or_default());
+    let Some((user, _)) = authority.rsplit_once('@') else { return Vec::new() };
+    // A token alone stands where the user would.
+    let written = user.split_once(':').map_or(user, |(_, password)| password);
+    let meant = percent_decoded(written);
+    [Some(written.to_owned()), meant.filter(|meant| meant != written)].into_iter().flatten().collect()
+}
+
+fn percent_decoded(text: &str) -> Option<String> {
+    let mut bytes = Vec::new();
+    let mut rest = text.bytes();
+    while let Some(byte) = rest.next() {
+        if byte == b'%' {
+            let digits = [rest.next()?, rest.next()?];
+            bytes.push(u8::from_str_radix(std::str::from_utf8(&digits).ok()?, 16).ok()?);
+        } else {
+            bytes.push(byte);
+        }
+    }
+    String::from_utf8(bytes).ok()
+}
+
+fn registries(settings: &Settings, secrets: &mut Vec<String>) -> Result<OciConfig, Fault> {
     let mut config = OciConfig::default();
-    let Some(registry) = registry else { return Ok(config) };
+    let Some(registry): Option<&RegistrySettings> = settings.registry.as_ref() else { return Ok(config) };
+    if registry.acr.is_some() {
+        let client_id = settings.exec.as_ref().and_then(|exec| exec.client_id.clone());
+        config.machine.insert(registry.host.clone(), MachineIdentity { client_id });
+    }
     if registry.insecure {
         config.insecure.insert(registry.host.clone());
     }

@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use replank_core::ports::Clock as _;
 use replank_exec::server::config::Config;
 use replank_exec::server::http::Server;
-use replank_exec::server::place::{Places, make_private};
+use replank_exec::server::place::{Places, make_private, sweep_clones};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -19,6 +19,9 @@ use crate::system::SystemClock;
 
 /// Below the directory for temporary files: one for each request, gone with it.
 const REQUESTS: &str = "replank-exec";
+
+/// Clones are swept after a day; an hour more or less is no matter.
+const SWEEP_EVERY: Duration = Duration::from_secs(3_600);
 
 /// What `--help` says of the environment, which is all there is to set.
 pub const ENVIRONMENT: &str = "\
@@ -59,8 +62,7 @@ fn serve(config: Config, env: &Environment) -> anyhow::Result<ExitCode> {
         format!("the clone root {} cannot be made; set EXEC_CLONE_ROOT to a directory of its own", root.display())
     })?;
     let parent = env.get("TMPDIR").map_or_else(|| PathBuf::from("/tmp"), PathBuf::from).join(REQUESTS);
-    let now = SystemTime::UNIX_EPOCH + Duration::from_millis(u64::try_from(SystemClock.now().0).unwrap_or_default());
-    let places = Places::open(parent.clone(), now)
+    let places = Places::open(parent.clone(), now())
         .with_context(|| format!("{} cannot be used for requests; set TMPDIR to another place", parent.display()))?;
     let own = env.all().map(|(name, value)| (name.into(), value.into())).collect();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
@@ -76,7 +78,27 @@ fn serve(config: Config, env: &Environment) -> anyhow::Result<ExitCode> {
                 _ = interrupt.recv() => {}
             }
         };
-        Arc::new(Server::new(config, places, own)).serve(listener, stop).await;
+        let server = Arc::new(Server::new(config, places, own));
+        tokio::select! {
+            () = server.serve(listener, stop) => {}
+            () = sweep(root) => {}
+        }
         Ok(ExitCode::SUCCESS)
     })
+}
+
+fn now() -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_millis(u64::try_from(SystemClock.now().0).unwrap_or_default())
+}
+
+/// Never ends.
+async fn sweep(root: PathBuf) {
+    loop {
+        let place = root.clone();
+        let swept = tokio::task::spawn_blocking(move || sweep_clones(&place, now())).await;
+        if let Ok(Err(error)) = swept {
+            eprintln!("old clones could not be looked for: {error}");
+        }
+        tokio::time::sleep(SWEEP_EVERY).await;
+    }
 }

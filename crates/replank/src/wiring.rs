@@ -59,7 +59,7 @@ pub async fn ledger(settings: &Settings) -> anyhow::Result<Arc<dyn Ledger>> {
 pub async fn escape_hatch(settings: &Settings) -> anyhow::Result<Option<EscapeHatch>> {
     let (_, ledger) = assemble::open_ledger(settings).await?;
     let Some((record, _)) = ledger.load().await? else { return Ok(None) };
-    let Some(swap) = reverse_of(&record) else { return Ok(None) };
+    let Some(swap) = reverse_of(&record).filter(|_| settings.platform.runs) else { return Ok(None) };
     let config = settings.docker(record.installation.clone());
     let platform = DockerPlatform::new(config, Vantage::Host, Arc::new(SystemClock))?;
     Ok(Some(platform.escape_hatch(&swap.to, swap.from.as_ref(), record.generation)))
@@ -114,6 +114,11 @@ pub async fn deploy(args: DeployArgs) -> anyhow::Result<ExitCode> {
     let env = Environment::of_process();
     let settings = &args.settings;
     let controller = assemble::controller(settings, &env).await?;
+    let Some(docker) = &controller.docker else {
+        anyhow::bail!(
+            "this configuration runs nothing, so there is nothing to deploy; run `replank serve`, and `replank start` builds a release"
+        );
+    };
     let record = controller.engine.record().await?;
     if let Some(running) = &record.running {
         anyhow::bail!(
@@ -127,10 +132,10 @@ pub async fn deploy(args: DeployArgs) -> anyhow::Result<ExitCode> {
         Some(image) => image.clone(),
         None => {
             let binary = std::env::current_exe().context("the path of this program is not known")?;
-            controller.docker.proxy_image(&binary).await?
+            docker.proxy_image(&binary).await?
         }
     };
-    controller.docker.ensure_proxy(&image).await?;
+    docker.ensure_proxy(&image).await?;
 
     if record.phase.state().in_flight() {
         eprintln!("going on with the deployment that was begun");

@@ -1,3 +1,4 @@
 //! Builders: from a tree to an image.
 
+pub mod az_exec;
 pub mod docker;

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::options::{Known, UNKNOWN, flag, maybe, read, value};
-use super::{Allowed, Judged, Rules, below_root, bound, rule, url};
+use super::{Allowed, Judged, Rules, below_root, bound, relative, rule, url};
 
 const REF_MAX: usize = 256;
 
@@ -163,10 +163,15 @@ fn rev_parse(rules: &Rules, words: &[&str]) -> Judged<()> {
         flag(&["--show-toplevel"]),
         flag(&["--is-inside-work-tree"]),
     ];
-    // `^{commit}` and its like peel; everything else is a reference.
+    // `^{commit}` and its like peel, and `HEAD:path` names what a commit has there, which is only ever an object's id; everything
+    // else is a reference.
     let peeled = |text: &str| {
+        if let Some((commit, path)) = text.split_once(':') {
+            reference(rules, commit)?;
+            return relative(path);
+        }
         let base = text.split_once("^{").map_or(text, |(base, kind)| match kind {
-            "}" | "commit}" | "tree}" | "tag}" => base,
+            "}" | "commit}" | "tree}" | "blob}" | "tag}" => base,
             _ => text,
         });
         reference(rules, base)

@@ -11,6 +11,9 @@ use tempfile::TempDir;
 /// No request lasts longer than its longest time-out, so what is older has no owner: the server was killed.
 const STALE: Duration = Duration::from_secs(2 * 3_600);
 
+/// A clone lives as long as its job, and no job lasts for a day.
+const STALE_CLONE: Duration = Duration::from_secs(24 * 3_600);
+
 /// The parent of all fresh directories.
 #[derive(Debug)]
 pub struct Places {
@@ -24,16 +27,7 @@ impl Places {
     /// When it cannot be made or read.
     pub fn open(parent: PathBuf, now: SystemTime) -> io::Result<Self> {
         make_private(&parent)?;
-        for entry in std::fs::read_dir(&parent)? {
-            let entry = entry?;
-            let age = entry.metadata().and_then(|meta| meta.modified()).ok().and_then(|at| now.duration_since(at).ok());
-            if age.is_some_and(|age| age > STALE) {
-                // It may be going by itself, or belong to somebody else: neither is a reason not to start.
-                if let Err(error) = std::fs::remove_dir_all(entry.path()) {
-                    eprintln!("a stale directory could not be removed: {error}");
-                }
-            }
-        }
+        sweep(&parent, now, STALE)?;
         Ok(Self { parent })
     }
 
@@ -44,6 +38,32 @@ impl Places {
     pub fn fresh(&self) -> io::Result<TempDir> {
         tempfile::Builder::new().prefix("request-").permissions(Permissions::from_mode(0o700)).tempdir_in(&self.parent)
     }
+}
+
+/// Removes clones that no job can need any more: the channel itself removes nothing.
+///
+/// # Errors
+/// When the root cannot be read.
+pub fn sweep_clones(root: &Path, now: SystemTime) -> io::Result<()> {
+    sweep(root, now, STALE_CLONE)
+}
+
+fn sweep(parent: &Path, now: SystemTime, older: Duration) -> io::Result<()> {
+    for entry in std::fs::read_dir(parent)? {
+        let entry = entry?;
+        let meta = entry.metadata();
+        let age = meta.and_then(|meta| meta.modified()).ok().and_then(|at| now.duration_since(at).ok());
+        if age.is_some_and(|age| age > older) {
+            let path = entry.path();
+            let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
+            let gone = if is_directory { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+            // It may be going by itself, or belong to somebody else: neither is a reason to stop.
+            if let Err(error) = gone {
+                eprintln!("a stale directory could not be removed: {error}");
+            }
+        }
+    }
+    Ok(())
 }
 
 /// A directory for this user alone; one that is there must be a directory and no link.

@@ -24,6 +24,8 @@ use crate::wiring;
 
 type Done = Result<ExitCode, Failure>;
 
+/// Where the state is kept when the environment alone configures the service, and names no `REPLANK_HOME`.
+const HOME: &str = "/var/lib/replank";
 /// Longest token file: a token has 68 bytes.
 const TOKEN_FILE_MAX: u64 = 4_096;
 /// History lines that are verified at a time.
@@ -61,19 +63,37 @@ pub async fn run(command: Command, global: Global, env: &Environment) -> Done {
 }
 
 impl Run<'_> {
+    /// The configuration that somebody named.
+    fn named_config(&self) -> Option<PathBuf> {
+        self.global.config.clone().or_else(|| self.env.get("REPLANK_CONFIG").map(PathBuf::from))
+    }
+
+    fn home(&self) -> Option<PathBuf> {
+        self.env.get("REPLANK_HOME").map(PathBuf::from)
+    }
+
     fn config_path(&self) -> PathBuf {
-        let home = || self.env.get("REPLANK_HOME").map(|home| Path::new(home).join(FILE));
-        let given = self.global.config.clone().or_else(|| self.env.get("REPLANK_CONFIG").map(PathBuf::from));
-        given.or_else(home).unwrap_or_else(|| PathBuf::from(FILE))
+        self.named_config().or_else(|| self.home().map(|home| home.join(FILE))).unwrap_or_else(|| PathBuf::from(FILE))
+    }
+
+    /// No file was named, none is there, and the environment is meant to be all there is (contract §6).
+    fn is_of_environment(&self) -> bool {
+        self.named_config().is_none() && !self.config_path().exists() && Settings::is_in_environment(self.env)
     }
 
     fn settings(&self) -> Result<Settings, Failure> {
-        Settings::load(&self.config_path(), self.env).map_err(|problems| Failure::usage(problems.to_string()))
+        let settings = if self.is_of_environment() {
+            Settings::of_environment(&self.home().unwrap_or_else(|| PathBuf::from(HOME)), self.env)
+        } else {
+            Settings::load(&self.config_path(), self.env)
+        };
+        settings.map_err(|problems| Failure::usage(problems.to_string()))
     }
 
     /// Where the service is and how to sign in. The configuration only fills in what neither flags nor environment say.
     fn client(&self) -> Result<Client, Failure> {
-        let settings = self.config_path().is_file().then(|| self.settings().ok()).flatten();
+        let has_settings = self.config_path().is_file() || self.is_of_environment();
+        let settings = has_settings.then(|| self.settings().ok()).flatten();
         let url =
             self.global.url.clone().or_else(|| self.env.get("REPLANK_URL").map(str::to_owned)).unwrap_or_else(|| {
                 let listen = settings.as_ref().map_or(crate::config::LISTEN, |s| s.server.listen);

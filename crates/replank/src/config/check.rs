@@ -10,10 +10,11 @@ use replank_core::record::OnRolloutFailure;
 use replank_core::words::{ComponentName, InstallationId};
 
 use super::env::Environment;
+use super::places::{az_exec_rules, exec, is_listed, registry};
 use super::reader::{Document, Problem, nearest};
 use super::{
-    BuildSettings, ComponentSettings, CredentialSettings, LISTEN, PlatformSettings, Problems, RegistrySettings,
-    ServerSettings, Settings, SourceSettings, raw,
+    BuildSettings, Builder, ComponentSettings, CredentialSettings, LISTEN, PlatformSettings, Problems,
+    RegistrySettings, ServerSettings, Settings, SourceSettings, raw,
 };
 
 /// Contract §1: a validation that may take less than a minute fails healthy revisions on a busy machine.
@@ -36,9 +37,12 @@ pub fn settings(doc: &Document, file: &Path, env: &Environment) -> Result<Settin
     let mut outside = Vec::new();
     let at = |path: PathBuf| home.join(path);
 
-    let registry = raw.registry.map(|r| registry(doc, r, &at));
+    let builder = raw.build.builder;
+    let registry = registry(doc, raw.registry, builder, env, &mut outside, &at);
+    let exec = (builder == Builder::AzExec).then(|| exec(doc, raw.exec, env, &mut outside, &at));
     let components = components(doc, raw.components, &raw.build.secrets, registry.as_ref(), raw.application.as_ref());
     let mut platform = PlatformSettings {
+        runs: runs(doc, raw.platform, !raw.containers.is_empty() || !raw.listeners.is_empty()),
         socket: raw.docker.socket.map_or_else(|| PathBuf::from("/var/run/docker.sock"), &at),
         containers: raw.containers,
         listeners: raw.listeners,
@@ -47,8 +51,9 @@ pub fn settings(doc: &Document, file: &Path, env: &Environment) -> Result<Settin
     };
     resolve(&mut platform, &at);
     references(doc, &platform);
-    let source = source(doc, raw.source, env, &at);
+    let source = source(doc, raw.source, env, &mut outside, &at);
     let server = server(doc, raw.server);
+    az_exec_rules(doc, builder, platform.runs, &components);
     let build = build(doc, raw.build, &at);
     let (policy, mode, on_rollout_failure) = policy(doc, raw.policy, build.parallel, env, &mut outside);
     if doc.keys(&["components"]).is_empty() {
@@ -78,6 +83,7 @@ pub fn settings(doc: &Document, file: &Path, env: &Environment) -> Result<Settin
         server,
         build,
         registry,
+        exec: exec.flatten(),
         components,
         platform,
         policy,
@@ -95,8 +101,7 @@ pub fn settings(doc: &Document, file: &Path, env: &Environment) -> Result<Settin
 
 /// The platform's own rules come last: it stops at its first, and most of what it would say was said above with a place.
 fn platform_rules(doc: &Document, settings: &Settings) -> Result<(), Problems> {
-    if settings.platform.containers.is_empty() && settings.platform.listeners.is_empty() {
-        // Build-only: there is no platform.
+    if !settings.platform.runs {
         return Ok(());
     }
     // The rules do not depend on which installation it is.
@@ -111,21 +116,16 @@ fn platform_rules(doc: &Document, settings: &Settings) -> Result<(), Problems> {
     Ok(())
 }
 
-fn registry(doc: &Document, raw: raw::Registry, at: &impl Fn(PathBuf) -> PathBuf) -> RegistrySettings {
-    let key = ["registry", "host"];
-    let host_ok = !raw.host.is_empty() && raw.host.bytes().all(|b| b.is_ascii_alphanumeric() || b".-:[]".contains(&b));
-    if !host_ok {
-        doc.problem(&key, format!("{:?} is not a host or host:port", raw.host), "leave out the scheme and any path");
-    }
-    if raw.username.is_some() != raw.password_file.is_some() {
-        doc.problem(&["registry"], "username and password_file go together", "give both or neither");
-    }
-    RegistrySettings {
-        host: raw.host,
-        push: raw.push,
-        insecure: raw.insecure,
-        username: raw.username,
-        password_file: raw.password_file.map(at),
+/// Whether anything is run. Without a word about it: where there is something to run.
+fn runs(doc: &Document, platform: Option<raw::Platform>, has_something: bool) -> bool {
+    match platform {
+        Some(raw::Platform::None) if has_something => {
+            doc.problem(&["platform"], "nothing runs on platform \"none\"", "take out [containers] and [listeners]");
+            false
+        }
+        Some(raw::Platform::None) => false,
+        Some(raw::Platform::Docker) => true,
+        None => has_something,
     }
 }
 
@@ -152,6 +152,10 @@ fn components(
                 let what = format!("build secret {secret:?} is not configured");
                 doc.problem(&["components", name.as_str(), "secrets"], what, advice);
             }
+        }
+        if let Some(arg) = c.commit_arg.as_ref().filter(|arg| !is_env_name(arg)) {
+            let what = format!("build argument {arg:?} is not a name");
+            doc.problem(&["components", name.as_str(), "commit_arg"], what, "use letters, digits and '_'");
         }
         if let Some(arg) = c.args.keys().find(|arg| !is_env_name(arg)) {
             let what = format!("build argument {arg:?} is not a name");
@@ -181,6 +185,7 @@ fn components(
             args: c.args,
             platform: c.platform,
             secrets: c.secrets,
+            commit_arg: c.commit_arg,
             repository,
         };
         (name, settings)
@@ -271,6 +276,7 @@ fn source(
     doc: &Document,
     raw: Option<raw::Source>,
     env: &Environment,
+    outside: &mut Vec<Problem>,
     at: &impl Fn(PathBuf) -> PathBuf,
 ) -> Option<SourceSettings> {
     let from_env = env.get("UPGRADE_GIT_REMOTE").map(str::to_owned);
@@ -296,6 +302,7 @@ fn source(
         };
         Some(CredentialSettings { username: c.username, password })
     });
+    let allow_loopback = raw.allow_loopback || env.get("UPGRADE_GIT_ALLOW_LOOPBACK").is_some_and(is_true);
     // The environment wins, as everywhere: it is what a deployment changes without a new file.
     let from_file = from_env.is_none();
     let Some(remote) = from_env.or(raw.remote) else {
@@ -305,9 +312,7 @@ fn source(
     let authority = remote.split_once("://").map_or("", |(_, rest)| rest.split('/').next().unwrap_or(""));
     let key = ["source", "remote"];
     // The text may hold a password, so no problem repeats it.
-    if authority.is_empty()
-        || !(remote.starts_with("https://") || (remote.starts_with("http://") && raw.allow_loopback))
-    {
+    if authority.is_empty() || !(remote.starts_with("https://") || (remote.starts_with("http://") && allow_loopback)) {
         doc.problem(&key, "the remote is not an https URL", "set it to https://HOST/PATH.git");
     } else if !remote.ends_with(".git") {
         doc.problem(&key, "the remote does not end in \".git\"", "set it to https://HOST/PATH.git");
@@ -315,11 +320,21 @@ fn source(
         let advice = "take it out and use `[source.credential]` with password_file or password_env";
         doc.problem(&key, "the remote carries a credential", advice);
     }
+    if let Some(allowed) = env.get("UPGRADE_GIT_REMOTE_ALLOWLIST")
+        && !is_listed(allowed, &remote)
+    {
+        let what = "the git remote is not in it".to_owned();
+        outside.push(variable(
+            "UPGRADE_GIT_REMOTE_ALLOWLIST",
+            what,
+            "add its host or its URL, or take the list away".to_owned(),
+        ));
+    }
     Some(SourceSettings {
         remote,
         branch: raw.branch,
         credential,
-        allow_loopback: raw.allow_loopback,
+        allow_loopback,
         allow_private: raw.allow_private,
         ca_file: raw.ca_file.map(at),
     })
@@ -349,7 +364,9 @@ fn server(doc: &Document, raw: raw::Server) -> ServerSettings {
 }
 
 fn build(doc: &Document, raw: raw::Build, at: &impl Fn(PathBuf) -> PathBuf) -> BuildSettings {
-    let parallel = raw.parallel.unwrap_or(4);
+    // One after the other, as the first customer's own way to build is; an engine of our own has room for more.
+    let usual = if raw.builder == Builder::AzExec { 1 } else { 4 };
+    let parallel = raw.parallel.unwrap_or(usual);
     if !(1..=PARALLEL_MAX).contains(&parallel) {
         doc.problem(
             &["build", "parallel"],
@@ -369,7 +386,13 @@ fn build(doc: &Document, raw: raw::Build, at: &impl Fn(PathBuf) -> PathBuf) -> B
     });
     let mut secrets = raw.secrets;
     secrets.values_mut().for_each(|secret| resolve_secret(secret, at));
-    BuildSettings { parallel: parallel as usize, memory_bytes: raw.memory.map(|size| size.0), cpu_millis, secrets }
+    BuildSettings {
+        builder: raw.builder,
+        parallel: parallel as usize,
+        memory_bytes: raw.memory.map(|size| size.0),
+        cpu_millis,
+        secrets,
+    }
 }
 
 fn policy(
@@ -465,7 +488,7 @@ fn policy(
     (policy, mode, raw.on_rollout_failure.unwrap_or(OnRolloutFailure::Hold))
 }
 
-fn seconds(doc: &Document, path: &[&str], given: Option<u64>, into: &mut u64, least: u64) {
+pub(super) fn seconds(doc: &Document, path: &[&str], given: Option<u64>, into: &mut u64, least: u64) {
     let Some(given) = given else { return };
     if (least..=SECONDS_MAX).contains(&given) {
         *into = given * 1_000;
@@ -474,15 +497,15 @@ fn seconds(doc: &Document, path: &[&str], given: Option<u64>, into: &mut u64, le
     }
 }
 
-fn variable(name: &str, what: String, advice: String) -> Problem {
+pub(super) fn variable(name: &str, what: String, advice: String) -> Problem {
     Problem { file: "environment".to_owned(), line: 0, column: 0, key: name.to_owned(), what, advice }
 }
 
-fn list(text: Option<&str>) -> BTreeSet<String> {
+pub(super) fn list(text: Option<&str>) -> BTreeSet<String> {
     text.unwrap_or_default().split(',').map(str::trim).filter(|part| !part.is_empty()).map(str::to_owned).collect()
 }
 
-fn is_true(text: &str) -> bool {
+pub(super) fn is_true(text: &str) -> bool {
     text.eq_ignore_ascii_case("true") || text == "1"
 }
 

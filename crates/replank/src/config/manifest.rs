@@ -248,6 +248,9 @@ pub fn recipes(
         // The operator's word stands where both name an argument.
         args.extend(own.args.clone());
         args.insert(VERSION_ARG.to_owned(), version.to_string());
+        if let (Some(arg), Some(commit)) = (&own.commit_arg, &version.commit) {
+            args.insert(arg.clone(), commit.clone());
+        }
         let recipe = Recipe {
             dockerfile: wish.dockerfile.clone().unwrap_or_else(|| own.dockerfile.clone()),
             context: wish.context.clone().unwrap_or_else(|| own.context.clone()),
@@ -256,7 +259,7 @@ pub fn recipes(
             platform: own.platform.clone(),
             secrets: own.secrets.clone(),
             repository: own.repository.clone(),
-            unlabelled: false,
+            unlabelled: settings.build.builder == super::Builder::AzExec,
         };
         (name.clone(), recipe)
     };

@@ -3,13 +3,16 @@
 mod check;
 pub mod env;
 pub mod manifest;
+mod places;
 mod raw;
 pub mod reader;
+mod reference;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use replank_adapters::platform::docker::config::{
     ContainerConfig, DockerConfig, ListenerConfig, ProxyConfig, SecretSource,
@@ -20,6 +23,7 @@ use replank_core::record::OnRolloutFailure;
 use replank_core::words::{AppName, ComponentName, ContainerName, InstallationId};
 
 use env::Environment;
+pub use raw::Builder;
 use reader::{Document, Problem, TEXT_MAX};
 
 /// The file's usual name.
@@ -40,6 +44,8 @@ pub struct Settings {
     pub server: ServerSettings,
     pub build: BuildSettings,
     pub registry: Option<RegistrySettings>,
+    /// Where git and az run; present where the builder drives them through the exec channel.
+    pub exec: Option<ExecSettings>,
     pub components: BTreeMap<ComponentName, ComponentSettings>,
     pub platform: PlatformSettings,
     pub policy: Policy,
@@ -83,6 +89,7 @@ pub struct ServerSettings {
 
 #[derive(Debug, Clone)]
 pub struct BuildSettings {
+    pub builder: Builder,
     pub parallel: usize,
     pub memory_bytes: Option<u64>,
     pub cpu_millis: Option<u32>,
@@ -93,6 +100,8 @@ pub struct BuildSettings {
 pub struct RegistrySettings {
     /// `host` or `host:port`.
     pub host: String,
+    /// The name of the Azure registry that the host is.
+    pub acr: Option<String>,
     pub push: bool,
     pub insecure: bool,
     pub username: Option<String>,
@@ -108,12 +117,31 @@ pub struct ComponentSettings {
     pub args: BTreeMap<String, String>,
     pub platform: Option<String>,
     pub secrets: Vec<String>,
+    /// The build argument that a commit target's abbreviated commit goes into.
+    pub commit_arg: Option<String>,
     /// Without a tag; begins with the registry's host where one is configured.
     pub repository: String,
 }
 
+/// The other end of the exec channel, and what goes through it.
+#[derive(Debug, Clone)]
+pub struct ExecSettings {
+    /// `http://HOST:PORT` or `HOST:PORT`.
+    pub url: String,
+    pub token: SecretSource,
+    /// Where clones go on the exec server's disk.
+    pub clone_root: PathBuf,
+    /// A server that cannot be given the remote's credential apart gets it in the address.
+    pub credential_in_url: bool,
+    pub wait_out: Duration,
+    /// The managed identity that `az` and the registry's client sign in as.
+    pub client_id: Option<String>,
+}
+
 #[derive(Debug, Clone)]
 pub struct PlatformSettings {
+    /// False: images are built, and nothing is ever run.
+    pub runs: bool,
     pub socket: PathBuf,
     pub containers: BTreeMap<ContainerName, ContainerConfig>,
     pub listeners: BTreeMap<String, ListenerConfig>,
@@ -169,6 +197,17 @@ impl Settings {
             )
         })?;
         Self::parse(&shown, &absolute, &text, env)
+    }
+
+    /// True where the environment configures the reference application by itself.
+    pub fn is_in_environment(env: &Environment) -> bool {
+        reference::is_meant(env)
+    }
+
+    /// The reference application of the wire contract, from the environment alone. `home` is where the state is kept.
+    pub fn of_environment(home: &Path, env: &Environment) -> Result<Self, Problems> {
+        let file = std::path::absolute(home).unwrap_or_else(|_| home.to_path_buf()).join(FILE);
+        Self::parse("environment", &file, &reference::text(env), env)
     }
 
     /// As [`Settings::load`], from a text. `file` must be absolute: its directory is the home.

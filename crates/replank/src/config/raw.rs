@@ -13,12 +13,14 @@ use serde::Deserialize;
 #[serde(deny_unknown_fields)]
 pub struct Raw {
     pub application: Option<AppName>,
+    pub platform: Option<Platform>,
     pub source: Option<Source>,
     #[serde(default)]
     pub server: Server,
     #[serde(default)]
     pub build: Build,
     pub registry: Option<Registry>,
+    pub exec: Option<Exec>,
     #[serde(default)]
     pub components: BTreeMap<ComponentName, Component>,
     #[serde(default)]
@@ -33,6 +35,34 @@ pub struct Raw {
     pub proxy: ProxyConfig,
     #[serde(default)]
     pub policy: Policy,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Platform {
+    Docker,
+    None,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Builder {
+    #[default]
+    Docker,
+    AzExec,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Exec {
+    pub url: Option<String>,
+    pub token_file: Option<PathBuf>,
+    pub token_env: Option<String>,
+    pub clone_root: Option<PathBuf>,
+    #[serde(default)]
+    pub credential_in_url: bool,
+    pub wait_out_seconds: Option<u64>,
+    pub client_id: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -72,6 +102,8 @@ pub struct Server {
 #[derive(Debug, Deserialize, Default)]
 #[serde(deny_unknown_fields)]
 pub struct Build {
+    #[serde(default)]
+    pub builder: Builder,
     pub parallel: Option<u32>,
     pub memory: Option<Size>,
     pub cpus: Option<f64>,
@@ -114,20 +146,16 @@ impl TryFrom<SizeForm> for Size {
     }
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Registry {
-    pub host: String,
-    #[serde(default = "yes")]
-    pub push: bool,
+    pub host: Option<String>,
+    pub acr: Option<String>,
+    pub push: Option<bool>,
     #[serde(default)]
     pub insecure: bool,
     pub username: Option<String>,
     pub password_file: Option<PathBuf>,
-}
-
-fn yes() -> bool {
-    true
 }
 
 #[derive(Debug, Deserialize)]
@@ -141,6 +169,7 @@ pub struct Component {
     pub platform: Option<String>,
     #[serde(default)]
     pub secrets: Vec<String>,
+    pub commit_arg: Option<String>,
     pub repository: Option<String>,
 }
 

@@ -46,7 +46,7 @@ impl Executor {
         tokio::spawn(async move {
             let inner = {
                 let this = self.clone();
-                tokio::spawn(async move { this.carry_out(&record, action, tries).await })
+                tokio::spawn(async move { this.carry_out(&record, action).await })
             };
             let result = match AbortOnDropHandle::new(inner).await {
                 Ok(result) => result,
@@ -69,7 +69,7 @@ impl Executor {
         })
     }
 
-    async fn carry_out(&self, record: &Record, action: Action, tries: u32) -> Result<Outcome, Fault> {
+    async fn carry_out(&self, record: &Record, action: Action) -> Result<Outcome, Fault> {
         match action {
             Action::Fetch => {
                 let (job, source) = (self.job(record)?, self.source()?);
@@ -77,7 +77,7 @@ impl Executor {
                 let fetched = self.setup.recipes.recipes(&tree, &job.target.version, record.running.as_ref()).await?;
                 Ok(Outcome::Fetched(fetched))
             }
-            Action::Build { component, attempt, key } => self.build(record, component, attempt, key, tries).await,
+            Action::Build { component, attempt, key } => self.build(record, component, attempt, key).await,
             Action::Prepare => self.prepare(record).await,
             Action::Change { change, .. } => {
                 self.still_mine(record).await?;
@@ -126,7 +126,6 @@ impl Executor {
         component: ComponentName,
         attempt: u32,
         key: OpKey,
-        tries: u32,
     ) -> Result<Outcome, Fault> {
         let (job, source) = (self.job(record)?, self.source()?);
         let Phase::Building(building) = &record.phase else {
@@ -135,7 +134,7 @@ impl Executor {
         let recipe = building.fetched.recipes.get(&component).cloned().ok_or_else(|| {
             Fault::permanent(format!("the release has no recipe for {component}")).advice("report this")
         })?;
-        let resumed = tries > 0 || building.builds.get(&component).is_some_and(|b| b.intended_at < self.begun);
+        let resumed = building.builds.get(&component).is_some_and(|b| b.intended_at < self.begun);
         let reused = self.reused(job, &component, &recipe).await?;
         let id = LogId { job: job.id.clone(), component: component.clone() };
         // The builder writes the exact request as the first line after the marker.

@@ -135,7 +135,7 @@ impl Fetch<'_> {
         self.log.write(Stream::Stdout, line.as_bytes());
     }
 
-    fn check_target(&self) -> Result<(), Fault> {
+    pub(super) fn check_target(&self) -> Result<(), Fault> {
         let target = self.target;
         let expect = match target.kind {
             TargetKind::Release => format!("refs/tags/{}", target.version.tag()),
@@ -149,7 +149,7 @@ impl Fetch<'_> {
     }
 
     /// Asks the remote before git does: its answer has a status code, git's has only words.
-    async fn precheck(&self, addresses: &[SocketAddr]) -> Result<(), Fault> {
+    pub(super) async fn precheck(&self, addresses: &[SocketAddr]) -> Result<(), Fault> {
         let tag = self.target.version.tag();
         let prefixes = match self.target.kind {
             TargetKind::Release => vec![format!("refs/tags/{tag}"), format!("refs/heads/{tag}")],
@@ -401,7 +401,7 @@ fn not_a_commit(what: &str, sha: &str) -> Fault {
         .advice("have the tag made again on a commit, as a new version")
 }
 
-fn same(pinned: &CommitSha, found: &str, what: &str) -> Result<(), Fault> {
+pub(in crate::source) fn same(pinned: &CommitSha, found: &str, what: &str) -> Result<(), Fault> {
     if pinned.as_str() == found {
         return Ok(());
     }

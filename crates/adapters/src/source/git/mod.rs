@@ -19,10 +19,11 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use replank_core::fault::Fault;
-use replank_core::ports::{Log, Refs, Source, Tree};
+use replank_core::ports::{Log, NoLog, Refs, Source, Tree};
 use replank_core::record::Target;
 use replank_core::words::JobId;
 
+pub(super) use clone::same;
 use outbound::{Reach, Resolver, SystemResolver};
 use remote::Host;
 pub use remote::{Credential, Remote};
@@ -160,6 +161,22 @@ impl GitSource {
             self.remote.admit(outbound::admit(answer.ip(), self.reach))?;
         }
         Ok(answers)
+    }
+
+    /// For a source that clones elsewhere: everything that the remote can be asked about a target without cloning it.
+    pub(in crate::source) async fn check_target(&self, job: &JobId, target: &Target) -> Result<(), Fault> {
+        let fetch = clone::Fetch { source: self, job, target, log: &NoLog };
+        fetch.check_target()?;
+        fetch.precheck(&self.addresses().await?).await
+    }
+
+    pub(in crate::source) fn credential(&self) -> Option<&Credential> {
+        self.remote.credential()
+    }
+
+    /// The branch that commit targets are heads of.
+    pub(in crate::source) fn tracking_branch(&self) -> &str {
+        &self.tracking
     }
 
     async fn ask(&self, addresses: &[SocketAddr], prefixes: &[String]) -> Result<Refs, Fault> {
