@@ -11,11 +11,35 @@ use replank_exec::protocol::{self, Outcome, Request, Summary};
 /// A sidecar that restarts is back by then; one that is not there at all is no reason to wait for a whole budget.
 const UNREACHABLE_FOR: Duration = Duration::from_secs(60);
 
+/// Two of the contract's windows.
+const PACE_MAX: Duration = Duration::from_secs(120);
+
 /// One exec server, shared by the source and the builder that drive it.
 #[derive(Debug, Clone)]
 pub struct Channel {
     client: Arc<Client>,
     unreachable_since: Arc<Mutex<Option<Instant>>>,
+}
+
+/// Waits as the server asks, where it limits how often a program may be started. This is no retry: nothing was run, and what
+/// takes several programs in a row would never come to its end if each limit sent it back to its beginning.
+#[derive(Debug, Default)]
+struct Pace {
+    waited: Duration,
+}
+
+impl Pace {
+    async fn waits<T>(&mut self, answer: &Result<T, Failed>) -> bool {
+        let Err(Failed::Limited { retry_after: Some(seconds) }) = answer else { return false };
+        let pause = Duration::from_secs(*seconds);
+        if self.waited + pause > PACE_MAX {
+            return false;
+        }
+        tracing::info!(seconds, "the exec server limits how often a program may be started; waiting");
+        tokio::time::sleep(pause).await;
+        self.waited += pause;
+        true
+    }
 }
 
 /// How a streamed program ended, and whether there is one at all.
@@ -45,26 +69,35 @@ impl Channel {
 
     /// Runs a short program. `doing` begins the fault's text.
     pub async fn run(&self, request: &Request, doing: &str) -> Result<Outcome, Fault> {
-        let answer = self.client.run(request).await;
-        self.sort(answer, doing)
+        let mut pace = Pace::default();
+        loop {
+            let answer = self.client.run(request).await;
+            if !pace.waits(&answer).await {
+                return self.sort(answer, doing);
+            }
+        }
     }
 
     /// Runs a long program, each line to `log` as it comes.
     pub async fn stream(&self, request: &Request, doing: &str, log: &dyn Log) -> Result<Streamed, Fault> {
         let mut line = Vec::new();
-        let answer = self
-            .client
-            .stream(request, |stream, text| {
-                line.clear();
-                line.extend_from_slice(text.as_bytes());
-                line.push(b'\n');
-                let stream = match stream {
-                    protocol::Stream::Stdout => Stream::Stdout,
-                    protocol::Stream::Stderr => Stream::Stderr,
-                };
-                log.write(stream, &line);
-            })
-            .await;
+        let mut each = |stream, text: &str| {
+            line.clear();
+            line.extend_from_slice(text.as_bytes());
+            line.push(b'\n');
+            let stream = match stream {
+                protocol::Stream::Stdout => Stream::Stdout,
+                protocol::Stream::Stderr => Stream::Stderr,
+            };
+            log.write(stream, &line);
+        };
+        let mut pace = Pace::default();
+        let answer = loop {
+            let answer = self.client.stream(request, &mut each).await;
+            if !pace.waits(&answer).await {
+                break answer;
+            }
+        };
         let is_lost = matches!(answer, Err(Failed::Broken(_)));
         match self.sort(answer, doing) {
             Ok(summary) => Ok(Streamed::Ended(summary)),

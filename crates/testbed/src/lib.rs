@@ -4,6 +4,7 @@
 //! repository. Nothing here is part of the product. Everything cleans up after itself: on drop, on a signal (see
 //! [`cleanup`]), and, when the owner was killed with no chance to do so, at the next start (see [`remains`]).
 
+pub mod az;
 mod cgroup;
 pub mod cleanup;
 pub mod engine;
@@ -20,6 +21,7 @@ pub mod repo;
 pub mod sample;
 pub mod setup;
 
+pub use az::AzDouble;
 pub use engine::{Engine, EngineOptions};
 pub use git::{GitServer, GitServerOptions};
 pub use registry::Registry;

@@ -39,8 +39,14 @@ pub struct Registry {
 #[derive(Debug)]
 struct Own {
     program: PathBuf,
-    sign_in: bool,
+    rules: Rules,
     state: Mutex<State>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Rules {
+    sign_in: bool,
+    deletes: bool,
 }
 
 #[derive(Debug)]
@@ -56,7 +62,7 @@ impl Registry {
     /// # Errors
     /// When the program is missing or does not come up; the error holds the end of its log.
     pub fn start(on: IpAddr) -> Result<Self> {
-        Self::launch(on, false)
+        Self::launch(on, Rules { sign_in: false, deletes: true })
     }
 
     /// The same, for [`USER`] with [`PASSWORD`] alone.
@@ -64,15 +70,23 @@ impl Registry {
     /// # Errors
     /// As [`Self::start`].
     pub fn start_with_sign_in(on: IpAddr) -> Result<Self> {
-        Self::launch(on, true)
+        Self::launch(on, Rules { sign_in: true, deletes: true })
     }
 
-    fn launch(on: IpAddr, sign_in: bool) -> Result<Self> {
+    /// As [`Self::start`], but nothing can be deleted.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_without_deletion(on: IpAddr) -> Result<Self> {
+        Self::launch(on, Rules { sign_in: false, deletes: false })
+    }
+
+    fn launch(on: IpAddr, rules: Rules) -> Result<Self> {
         let program = process::find("docker-registry", &["/usr/bin/docker-registry"])
             .context("there is no docker-registry; install the package of that name")?;
         let remains = Remains::create()?;
         let state = Mutex::new(State { child: None, remains: Some(remains) });
-        let own = Arc::new(Own { program, sign_in, state });
+        let own = Arc::new(Own { program, rules, state });
         let weak: Weak<Own> = Arc::downgrade(&own);
         cleanup::register(weak);
         let mut failure = None;
@@ -176,12 +190,12 @@ impl Own {
             "log": { "level": "warn", "accesslog": { "disabled": true } },
             "storage": {
                 "filesystem": { "rootdirectory": dir.join("storage") },
-                "delete": { "enabled": true },
+                "delete": { "enabled": self.rules.deletes },
                 "maintenance": { "uploadpurging": { "enabled": false } },
             },
             "http": { "addr": address.to_string(), "secret": "only for uploads that span processes" },
         });
-        if self.sign_in {
+        if self.rules.sign_in {
             let users = dir.join("htpasswd");
             std::fs::write(&users, HTPASSWD)?;
             content["auth"] = serde_json::json!({ "htpasswd": { "realm": "tests", "path": users } });
