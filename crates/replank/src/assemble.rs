@@ -239,7 +239,7 @@ fn registries(settings: &Settings, secrets: &mut Vec<String>) -> Result<OciConfi
     let Some(registry): Option<&RegistrySettings> = settings.registry.as_ref() else { return Ok(config) };
     if registry.acr.is_some() {
         let client_id = settings.exec.as_ref().and_then(|exec| exec.client_id.clone());
-        config.machine.insert(registry.host.clone(), MachineIdentity { client_id });
+        config.machine.insert(registry.host.clone(), MachineIdentity { client_id, endpoint: None });
     }
     if registry.insecure {
         config.insecure.insert(registry.host.clone());

@@ -4,6 +4,7 @@
 //! repository. Nothing here is part of the product. Everything cleans up after itself: on drop, on a signal (see
 //! [`cleanup`]), and, when the owner was killed with no chance to do so, at the next start (see [`remains`]).
 
+pub mod answers;
 pub mod az;
 mod cgroup;
 pub mod cleanup;

@@ -239,3 +239,6 @@ fn shown(words: &[String]) -> String {
     let quoted = |word: &String| if plain(word) { word.clone() } else { format!("'{}'", word.replace('\'', "'\\''")) };
     words.iter().map(quoted).collect::<Vec<_>>().join(" ")
 }
+
+#[cfg(test)]
+mod tests;

@@ -21,6 +21,17 @@ const ANSWER_MAX: usize = 256 << 10;
 pub struct MachineIdentity {
     /// Which of several identities; the only one where absent.
     pub client_id: Option<String>,
+    /// Endpoint and header, for who knows better than the environment.
+    pub endpoint: Option<(String, String)>,
+}
+
+impl MachineIdentity {
+    /// The header rotates, so the environment is read each time. `None` where it offers no identity.
+    fn offered(&self) -> Option<(String, String)> {
+        self.endpoint
+            .clone()
+            .or_else(|| Some((std::env::var("IDENTITY_ENDPOINT").ok()?, std::env::var("IDENTITY_HEADER").ok()?)))
+    }
 }
 
 #[derive(Deserialize)]
@@ -30,8 +41,7 @@ struct Tokens {
 }
 
 impl MachineIdentity {
-    /// The value of an `Authorization` header for `scope`. The header of the endpoint rotates, so the environment is read
-    /// each time; `None` where it offers no identity.
+    /// The value of an `Authorization` header for `scope`; `None` where there is no identity.
     pub(super) async fn authorize(
         &self,
         plain: &Client,
@@ -40,9 +50,7 @@ impl MachineIdentity {
         service: &str,
         scope: &str,
     ) -> Result<Option<String>, Fault> {
-        let (Ok(endpoint), Ok(header)) = (std::env::var("IDENTITY_ENDPOINT"), std::env::var("IDENTITY_HEADER")) else {
-            return Ok(None);
-        };
+        let Some((endpoint, header)) = self.offered() else { return Ok(None) };
         let entra = self.entra(plain, &endpoint, &header).await?;
         let exchange =
             [("grant_type", "access_token"), ("service", service), ("tenant", ""), ("access_token", entra.as_str())];
@@ -117,3 +125,6 @@ async fn tokens(answer: Response) -> Result<Tokens, Fault> {
     let bytes = read(answer, ANSWER_MAX).await?;
     serde_json::from_slice(&bytes).map_err(|_| Fault::permanent("a token's answer is not what it should be"))
 }
+
+#[cfg(test)]
+mod tests;
