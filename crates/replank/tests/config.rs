@@ -366,3 +366,146 @@ fn the_reference_names_every_key() {
 fn named(section: &str) -> BTreeSet<&str> {
     section.lines().filter_map(|line| line.strip_prefix("| `")?.split_once('`')).map(|(key, _)| key).collect()
 }
+
+const AZ_EXEC: &str = r#"
+application = "plane"
+[build]
+builder = "az-exec"
+[registry]
+acr = "PlaneACR"
+[exec]
+url = "http://terminal:7000"
+token_file = "exec.token"
+wait_out_seconds = 0
+[components.api]
+"#;
+
+#[test]
+fn builds_through_the_exec_channel_are_configured() {
+    let settings = parse(AZ_EXEC, &[]).unwrap();
+    let exec = settings.exec.as_ref().unwrap();
+    assert_eq!(
+        (exec.url.as_str(), exec.wait_out.as_secs(), exec.credential_in_url),
+        ("http://terminal:7000", 0, false)
+    );
+    assert_eq!(exec.clone_root, Path::new("/tmp/elb-upgrade"));
+    assert_eq!(format!("{:?}", exec.token), "File(\"/srv/shop/exec.token\")");
+    assert_eq!((settings.build.parallel, settings.platform.runs), (1, false), "one after the other, and nothing runs");
+    let registry = settings.registry.as_ref().unwrap();
+    assert_eq!((registry.host.as_str(), registry.acr.as_deref()), ("planeacr.azurecr.io", Some("PlaneACR")));
+    assert_eq!(settings.components[&ComponentName::new("api").unwrap()].repository, "planeacr.azurecr.io/plane-api");
+
+    // The environment wins, as everywhere.
+    let env = [
+        ("TERMINAL_EXEC_UPSTREAM", "127.0.0.1:9"),
+        ("EXEC_TOKEN", "0123456789abcdef"),
+        ("EXEC_CLONE_ROOT", "/clones"),
+        ("EXEC_CREDENTIAL_IN_URL", "true"),
+        ("AZURE_CLIENT_ID", "me"),
+        ("PLATFORM_ACR_NAME", "otheracr"),
+        ("PLATFORM_ACR_LOGIN_SERVER", "otheracr.azurecr.cn"),
+    ];
+    let settings = parse(AZ_EXEC, &env).unwrap();
+    let exec = settings.exec.as_ref().unwrap();
+    assert_eq!((exec.url.as_str(), exec.clone_root.to_str()), ("127.0.0.1:9", Some("/clones")));
+    assert_eq!((exec.client_id.as_deref(), exec.credential_in_url), (Some("me"), true));
+    assert_eq!(format!("{:?}", exec.token), "Env(\"EXEC_TOKEN\")");
+    assert_eq!(settings.registry.as_ref().unwrap().host, "otheracr.azurecr.cn");
+    // Nobody else looks at these.
+    let settings = parse(GOOD, &env).unwrap();
+    assert_eq!(settings.registry.as_ref().unwrap().host, "127.0.0.1:5000");
+    assert!(settings.exec.is_none() && settings.platform.runs && settings.build.parallel == 2);
+}
+
+#[test]
+fn what_does_not_go_with_the_exec_channel_is_told() {
+    #[track_caller]
+    fn check(from: &str, to: &str, env: &[(&str, &str)], expect: &str) {
+        assert!(AZ_EXEC.contains(from), "{from}");
+        let told = parse(&AZ_EXEC.replace(from, to), env).unwrap_err();
+        assert!(told.contains(expect), "{told}");
+    }
+    check("acr = \"PlaneACR\"", "", &[], "PLATFORM_ACR_NAME: is not set, and [registry] has no `acr`");
+    check("PlaneACR", "plane.azurecr.io", &[], "registry.acr: \"plane.azurecr.io\" is not a container registry's name");
+    check("http://terminal:7000", "https://terminal", &[], "exec.url: this is not an exec server's address");
+    check("url", "token_env = \"X\"\nurl", &[], "exec: the token has two sources");
+    check("token_file = \"exec.token\"", "", &[], "EXEC_TOKEN: is not set");
+    check("url", "clone_root = \"clones\"\nurl", &[], "exec.clone_root: this is not an absolute path");
+    let secret = "[components.api]\nsecrets = [\"NPM\"]\n[build.secrets]\nNPM = { env = \"N\" }";
+    check("[components.api]", secret, &[], "components.api.secrets: builder \"az-exec\" gives no build secrets");
+    check("[components.api]", "[components.api]\ncommit_arg = \"A B\"", &[], "build argument \"A B\" is not a name");
+    check("builder = \"az-exec\"", "builder = \"docker\"", &[], "exec: nothing uses the exec channel");
+    let runs = "[components.api]\n[containers.api]\ncomponent = \"api\"";
+    check("[components.api]", runs, &[], "build.builder: the Docker platform runs only what builder \"docker\" builds");
+    check(
+        "[build]",
+        "platform = \"none\"\n[build]",
+        &[("TERMINAL_EXEC_UPSTREAM", "x")],
+        "TERMINAL_EXEC_UPSTREAM: this is not",
+    );
+    let told = parse(&format!("platform = \"none\"\n{GOOD}"), &[]).unwrap_err();
+    assert!(told.contains("platform: nothing runs on platform \"none\""), "{told}");
+}
+
+#[test]
+fn the_reference_application_is_the_contract_s() {
+    let all = [
+        ("UPGRADE_GIT_REMOTE", "https://robot:secret@git.test/plane.git"),
+        ("PLATFORM_ACR_NAME", "PlatformACR"),
+        ("EXEC_TOKEN", "0123456789abcdef"),
+    ];
+    let read = |env: &[(&str, &str)]| {
+        Settings::of_environment(Path::new("/srv/plane"), &Environment::of(env)).map_err(|p| p.to_string())
+    };
+    let settings = read(&all).unwrap();
+    let name = |text: &str| ComponentName::new(text).unwrap();
+    let shape = |component: &str| {
+        let c = &settings.components[&name(component)];
+        (c.repository.clone(), c.dockerfile.clone(), c.context.clone(), c.args.clone(), c.commit_arg.clone())
+    };
+    let host = "platformacr.azurecr.io";
+    let none = std::collections::BTreeMap::new;
+    assert_eq!(shape("api"), (format!("{host}/elb-api"), "api/Dockerfile".to_owned(), ".".to_owned(), none(), None));
+    assert_eq!(
+        shape("frontend"),
+        (
+            format!("{host}/elb-frontend"),
+            "web/Dockerfile".to_owned(),
+            ".".to_owned(),
+            none(),
+            Some("GIT_COMMIT".to_owned())
+        )
+    );
+    let base = [("TERMINAL_BASE_IMAGE".to_owned(), format!("{host}/elb-terminal-base:latest"))];
+    let runtime = "terminal/Dockerfile.runtime".to_owned();
+    assert_eq!(shape("terminal"), (format!("{host}/elb-terminal"), runtime, "terminal".to_owned(), base.into(), None));
+    assert_eq!(settings.home, Path::new("/srv/plane"));
+    assert_eq!(settings.shown_remote().as_deref(), Some("https://git.test/plane.git"));
+    assert_eq!(settings.exec.as_ref().unwrap().url, "http://127.0.0.1:7682");
+
+    let commit = recipes(&settings, &Manifest::default(), &"1.2.3-commit.0123456789ab".parse().unwrap()).unwrap();
+    assert_eq!(commit[&name("frontend")].args["GIT_COMMIT"], "0123456789ab");
+    assert!(commit.values().all(|recipe| recipe.unlabelled), "az sets no labels");
+    assert!(!commit[&name("api")].args.contains_key("GIT_COMMIT"));
+
+    let told = read(&[("PLATFORM_ACR_NAME", "x\"\ny")]).unwrap_err();
+    assert!(told.contains("PLATFORM_ACR_NAME: \"x\\\"\\ny\" is not a container registry's name"), "{told}");
+    assert!(told.contains("EXEC_TOKEN: is not set"), "{told}");
+    for (list, fine) in [
+        ("git.test", true),
+        ("GIT.test, other.test", true),
+        ("https://git.test/", true),
+        ("https://git.test/plane.git", true),
+        ("https://git.test/plan", false),
+        ("https://git.test/plane", false),
+        ("other.test", false),
+        ("test", false),
+        ("https://git.test.evil/", false),
+    ] {
+        let mut env = all.to_vec();
+        env.push(("UPGRADE_GIT_REMOTE_ALLOWLIST", list));
+        let told = read(&env);
+        assert_eq!(told.is_ok(), fine, "{list}: {:?}", told.err());
+    }
+    assert!(Settings::is_in_environment(&Environment::of(&all)) && !Settings::is_in_environment(&Environment::of(&[])));
+}
