@@ -1,9 +1,10 @@
 //! The exec channel: a token-gated HTTP server on loopback that runs a few programs with policed arguments.
 //!
-//! [`protocol`] is what both ends say to each other, [`policy`] what may be run, [`server`] the parts of the end that runs it,
-//! [`client`] the end that asks.
+//! [`protocol`] is what both ends say to each other, [`policy`] what may be run, [`outbound`] where git may connect to, [`server`]
+//! the parts of the end that runs it, [`client`] the end that asks.
 
 pub mod client;
+pub mod outbound;
 pub mod policy;
 pub mod protocol;
 pub mod server;

@@ -14,7 +14,7 @@ use replank_core::words::{CommitSha, JobId};
 use super::advert::authorization;
 use super::child::{self, Ended, Run};
 use super::remote::Host;
-use super::{GitSource, tree};
+use super::{GitSource, outbound, tree};
 
 /// Output of git's plumbing that is kept: paths of about half a million files.
 const CAPTURE: usize = 64 * 1024 * 1024;
@@ -246,7 +246,7 @@ impl Fetch<'_> {
             add("http.sslCAInfo", &path.to_string_lossy());
         }
         if let Host::Name(name) = remote.host() {
-            add("http.curloptResolve", &pin(name, remote.port(), addresses));
+            add("http.curloptResolve", &outbound::pin(name, remote.port(), addresses));
         }
         if let Some(credential) = remote.credential() {
             let header = authorization(&credential.username, &credential.password)?;
@@ -407,18 +407,6 @@ pub(in crate::source) fn same(pinned: &CommitSha, found: &str, what: &str) -> Re
     }
     Err(Fault::permanent(format!("{what} is at commit {found}, and {pinned} was chosen"))
         .advice("find out who moved it; a moved tag needs an administrator's override"))
-}
-
-/// `http.curloptResolve` in curl's own notation.
-fn pin(name: &str, port: u16, addresses: &[SocketAddr]) -> String {
-    let list: Vec<String> = addresses
-        .iter()
-        .map(|a| match a {
-            SocketAddr::V4(a) => a.ip().to_string(),
-            SocketAddr::V6(a) => format!("[{}]", a.ip()),
-        })
-        .collect();
-    format!("{name}:{port}:{}", list.join(","))
 }
 
 /// What a killed fetch of the same job left behind.

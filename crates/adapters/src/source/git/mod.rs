@@ -6,7 +6,6 @@
 mod advert;
 mod child;
 mod clone;
-pub mod outbound;
 mod pkt;
 mod refs;
 mod remote;
@@ -24,12 +23,12 @@ use replank_core::record::Target;
 use replank_core::words::JobId;
 
 pub(super) use clone::same;
-use outbound::{Reach, Resolver, SystemResolver};
+use outbound::{RESOLVE_TIME, Reach, Resolver, SystemResolver};
 use remote::Host;
 pub use remote::{Credential, Remote};
+// The rule is the exec channel's too, which cannot see this crate.
+pub use replank_exec::outbound;
 
-/// How long a name may take to resolve; the system's own patience is longer than a person's.
-const RESOLVE_TIME: Duration = Duration::from_secs(10);
 /// Longest branch name that is accepted; git's own limit is a file name's.
 const MAX_BRANCH: usize = 200;
 

@@ -1,13 +1,18 @@
 //! The outbound rule: which hosts and addresses this installation may connect to on somebody else's word.
 //!
 //! A name is judged by its spelling, resolved once, every answer is judged, and what was judged is what is connected to:
-//! callers pin the addresses, so that a second answer of the name server (DNS rebinding) reaches nobody.
+//! callers pin the addresses, so that a second answer of the name server (DNS rebinding) reaches nobody. It stands in this crate
+//! because both of its users, the exec channel's server and the git source, can see this crate and not each other.
 
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
 
 use async_trait::async_trait;
+
+/// How long a name may take to resolve; the system's own patience is longer than a person's.
+pub const RESOLVE_TIME: Duration = Duration::from_secs(10);
 
 /// More answers than any real name has; the rest would only make the pin longer.
 const MAX_ADDRESSES: usize = 16;
@@ -65,6 +70,7 @@ const LOOPBACK_NAMES: &[&str] =
     &["localhost", "localhost.localdomain", "localhost6", "localhost6.localdomain6", "ip6-localhost", "ip6-loopback"];
 
 /// Sorts an address into its kind. IPv4 inside IPv6 (mapped, compatible, NAT64, 6to4) is judged as what it leads to.
+#[must_use]
 pub fn kind(ip: IpAddr) -> Kind {
     match ip {
         IpAddr::V4(ip) => kind4(ip),
@@ -117,6 +123,9 @@ fn kind6(ip: Ipv6Addr) -> Kind {
 }
 
 /// Judges one address.
+///
+/// # Errors
+/// When it may not be connected to.
 pub fn admit(ip: IpAddr, reach: Reach) -> Result<Kind, Refused> {
     let kind = kind(ip);
     match kind {
@@ -130,6 +139,9 @@ pub fn admit(ip: IpAddr, reach: Reach) -> Result<Kind, Refused> {
 }
 
 /// Judges a name by its spelling, before anybody is asked about it. Case and one trailing dot make no difference.
+///
+/// # Errors
+/// When nobody may be asked about it.
 pub fn admit_name(name: &str, reach: Reach) -> Result<(), Refused> {
     let name = name.trim_end_matches('.').to_ascii_lowercase();
     if METADATA_NAMES.contains(&name.as_str()) {
@@ -160,6 +172,9 @@ impl Resolver for SystemResolver {
 }
 
 /// Judges every answer for a name: one bad address refuses them all, since nobody honest mixes them.
+///
+/// # Errors
+/// When there is none, or one that may not be connected to.
 pub fn admit_all(host: &str, answers: Vec<SocketAddr>, reach: Reach) -> Result<Vec<SocketAddr>, Refused> {
     if answers.is_empty() {
         return Err(Refused::Nowhere(host.to_owned()));
@@ -168,6 +183,19 @@ pub fn admit_all(host: &str, answers: Vec<SocketAddr>, reach: Reach) -> Result<V
         admit(answer.ip(), reach)?;
     }
     Ok(answers.into_iter().take(MAX_ADDRESSES).collect())
+}
+
+/// Judged addresses in the notation of git's `http.curloptResolve`, which is curl's own: git resolves no more.
+#[must_use]
+pub fn pin(name: &str, port: u16, addresses: &[SocketAddr]) -> String {
+    let list: Vec<String> = addresses
+        .iter()
+        .map(|address| match address {
+            SocketAddr::V4(address) => address.ip().to_string(),
+            SocketAddr::V6(address) => format!("[{}]", address.ip()),
+        })
+        .collect();
+    format!("{name}:{port}:{}", list.join(","))
 }
 
 #[cfg(test)]
@@ -266,6 +294,13 @@ mod tests {
             assert_eq!(admit_name(name, Reach::default()).is_ok(), closed, "{name}");
             assert_eq!(admit_name(name, Reach { loopback: true, private: true }).is_ok(), open, "{name}");
         }
+    }
+
+    #[test]
+    fn pins_are_written_as_curl_reads_them() {
+        let at = |text: &str| text.parse::<SocketAddr>().expect("address");
+        let both = [at("140.82.121.4:443"), at("[2606:50c0:8000::154]:443")];
+        assert_eq!(pin("git.example.com", 443, &both), "git.example.com:443:140.82.121.4,[2606:50c0:8000::154]");
     }
 
     #[test]
