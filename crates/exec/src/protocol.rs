@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// Header with the token.
 pub const TOKEN_HEADER: &str = "X-Exec-Token";
@@ -35,7 +35,7 @@ pub struct Request {
     /// Absolute.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cwd: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, deserialize_with = "seconds", skip_serializing_if = "Option::is_none")]
     pub timeout_seconds: Option<u64>,
     /// Given to git when it asks. A server that does not know the field ignores it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -64,6 +64,13 @@ impl fmt::Debug for Credential {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Credential").finish_non_exhaustive()
     }
+}
+
+/// Any number is a time, since the contract clamps and does not refuse: below zero or beyond what an integer holds, too.
+fn seconds<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
+    let number = Option::<serde_json::Number>::deserialize(from)?;
+    // The conversion of a float ends at the bounds of the integer.
+    Ok(number.map(|number| number.as_u64().unwrap_or_else(|| number.as_f64().unwrap_or_default() as u64)))
 }
 
 impl Request {
