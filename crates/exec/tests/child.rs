@@ -175,6 +175,59 @@ async fn a_stuck_client_stops_the_program_and_not_the_clock() {
     assert!(sink.stdout.len() <= 64 * 1024, "{} bytes were taken", sink.stdout.len());
 }
 
+/// Who closes its outputs is not out of reach: it goes with the program, whether that ended by itself, by its time or by its
+/// client, and is not left as a dead entry where nobody else would wait for it.
+#[tokio::test]
+async fn who_hides_from_the_outputs_ends_as_well() {
+    rustix::process::set_child_subreaper(Some(rustix::process::getpid())).unwrap();
+    let deaf = "sh -c 'trap \"\" TERM; while :; do sleep 1; done' >/dev/null 2>&1 & echo $!";
+    let gone = |kept: &Kept| {
+        let pid = String::from_utf8(kept.stdout.clone()).unwrap();
+        assert!(!Path::new("/proc").join(pid.trim()).exists(), "process {pid} is still there");
+    };
+    let (ended, kept) = kept(order(&format!("{deaf}; exit 4"), LONG)).await;
+    assert_eq!((ended.exit_code, ended.timed_out), (4, false));
+    assert!(ended.took < Duration::from_secs(2), "nobody waits for it: {ended:?}");
+    gone(&kept);
+    // SIGTERM ends the program itself at once; who is deaf has the five seconds.
+    let (ended, kept) = self::kept(order(&format!("{deaf}; sleep 600"), Duration::from_millis(300))).await;
+    assert_eq!((ended.exit_code, ended.timed_out), (124, true));
+    assert!(ended.took >= Duration::from_secs(5), "{ended:?}");
+    gone(&kept);
+    // Who hears it has the time to say so.
+    let place = tempfile::tempdir().unwrap();
+    let told = place.path().join("told");
+    let hears = format!(
+        "sh -c 'trap \"sleep 0.5; touch {}; exit\" TERM; while :; do sleep 0.1; done' >/dev/null 2>&1 & echo",
+        told.display()
+    );
+    let (ended, _) = self::kept(order(&format!("{hears}; sleep 600"), Duration::from_millis(300))).await;
+    assert!(ended.timed_out && ended.took < Duration::from_secs(5), "{ended:?}");
+    assert!(told.exists(), "it was not given its grace");
+}
+
+/// A client that pauses for longer than those who linger may stay gets everything all the same.
+#[tokio::test]
+async fn a_slow_client_loses_nothing() {
+    struct Slow(Vec<u8>);
+    impl Sink for Slow {
+        async fn take(&mut self, _: Stream, bytes: &[u8]) -> bool {
+            if self.0.is_empty() {
+                tokio::time::sleep(Duration::from_secs(8)).await;
+            }
+            self.0.extend_from_slice(bytes);
+            true
+        }
+        async fn gone(&mut self) {
+            std::future::pending().await
+        }
+    }
+    let mut sink = Slow(Vec::new());
+    let ended = run(order("head -c 100000 /dev/zero; echo end", LONG), &mut sink).await.unwrap();
+    assert_eq!((ended.exit_code, ended.timed_out, ended.client_gone), (0, false, false));
+    assert!(sink.0.len() == 100_004 && sink.0.ends_with(b"end\n"), "{} bytes", sink.0.len());
+}
+
 /// What a program leaves behind may not hold a request for ever.
 #[tokio::test]
 async fn what_lingers_on_the_outputs_is_ended() {

@@ -11,11 +11,13 @@ use std::pin::{Pin, pin};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process_group, test_kill_process_group, waitpgid};
+use serde_json::json;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::{ChildStdin, Command};
-use tokio::time::{Instant, Sleep, sleep_until};
+use tokio::time::{Instant, Sleep, sleep, sleep_until};
 
+use super::audit;
 use crate::protocol::{EXIT_TIMED_OUT, Stream};
 
 /// Between SIGTERM and SIGKILL (contract §5).
@@ -26,6 +28,10 @@ const LINGER: Duration = Duration::from_secs(2);
 const LAST_WORDS: Duration = Duration::from_secs(5);
 /// As much as a pipe holds: one read empties it.
 const BUFFER: usize = 64 * 1024;
+/// Who was killed is gone within milliseconds, unless a disk holds it up.
+const DYING: Duration = Duration::from_secs(1);
+/// How often it is looked whether those who were told to end have ended; only where some are left and say nothing.
+const RECHECK: Duration = Duration::from_millis(20);
 
 /// What is to be run. The program has been judged before.
 #[derive(Debug)]
@@ -74,7 +80,28 @@ impl Group {
             && let Err(error) = kill_process_group(pid, signal)
             && error != rustix::io::Errno::SRCH
         {
-            eprintln!("a process group could not be signalled: {error}");
+            audit::event("exec_error", json!({"error": format!("a process group could not be signalled: {error}")}));
+        }
+    }
+
+    /// Asked once the program itself was waited for: while somebody else is left, the group's number belongs to nobody new.
+    /// A group that is empty is let go, so that its number is never signalled again.
+    fn is_empty(&mut self) -> bool {
+        if let Some(pid) = self.0
+            && (test_kill_process_group(pid) == Err(rustix::io::Errno::SRCH) || !lives(pid))
+        {
+            // As a container's first process we inherit those whose parent has ended; unless somebody waits for them, they
+            // stay as dead entries for ever. Elsewhere there is nobody to wait for, which is an error of no interest.
+            while let Ok(Some(_)) = waitpgid(pid, WaitOptions::NOHANG) {}
+            self.0 = None;
+        }
+        self.0.is_none()
+    }
+
+    /// Waits until nobody is left, and no longer than until `end`.
+    async fn empties(&mut self, end: Instant) {
+        while !self.is_empty() && Instant::now() < end {
+            sleep(RECHECK).await;
         }
     }
 }
@@ -88,12 +115,16 @@ impl Drop for Group {
 /// When the program's time is over, and what has been done about it.
 struct Limit<'a> {
     sleep: Pin<&'a mut Sleep>,
+    /// The end of the time that the request was given.
+    end: Instant,
     stage: Stage,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
     InTime,
+    /// The program has ended in time, and somebody whom it started still holds its outputs.
+    Lingering,
     Asked,
     Killed,
     Over,
@@ -109,7 +140,7 @@ impl Limit<'_> {
                 self.stage = Stage::Asked;
                 GRACE
             }
-            Stage::Asked => {
+            Stage::Lingering | Stage::Asked => {
                 group.signal(Signal::KILL);
                 self.stage = Stage::Killed;
                 LAST_WORDS
@@ -122,9 +153,53 @@ impl Limit<'_> {
         self.sleep.as_mut().reset(Instant::now() + pause);
         is_first
     }
+
+    /// The program itself has ended: what counts from now on is how long others hold its outputs.
+    fn linger(&mut self) {
+        if self.stage == Stage::InTime {
+            self.stage = Stage::Lingering;
+            self.sleep.as_mut().reset(Instant::now() + LINGER);
+        }
+    }
+
+    /// Hands bytes on. A client that takes its time does not stop the request's clock, and yet what it takes is not counted
+    /// against those who linger: otherwise a slow client would lose the end of what the program said.
+    async fn take(&mut self, group: &Group, sink: &mut impl Sink, stream: Stream, bytes: &[u8]) -> Taken {
+        let left = self.sleep.deadline().saturating_duration_since(Instant::now());
+        let is_lingering = self.stage == Stage::Lingering;
+        if is_lingering {
+            self.sleep.as_mut().reset(self.end.max(Instant::now() + LINGER));
+        }
+        let mut taken = Taken { is_wanted: false, timed_out: false };
+        let mut taking = pin!(sink.take(stream, bytes));
+        loop {
+            tokio::select! {
+                is_wanted = &mut taking => {
+                    taken.is_wanted = is_wanted;
+                    break;
+                }
+                () = self.sleep.as_mut() => {
+                    taken.timed_out |= self.step(group);
+                    if self.stage == Stage::Over {
+                        break;
+                    }
+                }
+            }
+        }
+        if is_lingering && self.stage == Stage::Lingering {
+            self.sleep.as_mut().reset(Instant::now() + left);
+        }
+        taken
+    }
 }
 
-/// Runs a program to its end, its time-out, or its client's departure. Dropping the future kills the whole group.
+struct Taken {
+    is_wanted: bool,
+    timed_out: bool,
+}
+
+/// Runs a program to its end, its time-out, or its client's departure. Whatever it has started ends with it. Dropping the
+/// future kills the whole group.
 ///
 /// # Errors
 /// When the program cannot be started.
@@ -142,7 +217,8 @@ pub async fn run(order: Order, sink: &mut (impl Sink + Send)) -> io::Result<Ende
     let (mut out_buffer, mut err_buffer) = (vec![0; BUFFER], vec![0; BUFFER]);
     let mut feeding = pin!(feed(child.stdin.take(), order.input));
     let mut is_fed = false;
-    let mut limit = Limit { sleep: pin!(sleep_until(begun + order.timeout)), stage: Stage::InTime };
+    let end = begun + order.timeout;
+    let mut limit = Limit { sleep: pin!(sleep_until(end)), end, stage: Stage::InTime };
     let mut status: Option<ExitStatus> = None;
     let (mut is_gone, mut timed_out) = (false, false);
 
@@ -152,11 +228,7 @@ pub async fn run(order: Order, sink: &mut (impl Sink + Send)) -> io::Result<Ende
             count = read(stderr.as_mut(), &mut err_buffer) => (Stream::Stderr, count?),
             ended = child.wait(), if status.is_none() => {
                 status = Some(ended?);
-                // Its time is no longer what counts: who still holds its outputs has not much longer.
-                if limit.stage == Stage::InTime {
-                    limit.stage = Stage::Asked;
-                    limit.sleep.as_mut().reset(Instant::now() + LINGER);
-                }
+                limit.linger();
                 continue;
             }
             () = &mut feeding, if !is_fed => {
@@ -183,41 +255,52 @@ pub async fn run(order: Order, sink: &mut (impl Sink + Send)) -> io::Result<Ende
             Stream::Stdout => &out_buffer[..count],
             Stream::Stderr => &err_buffer[..count],
         };
-        let mut taking = pin!(sink.take(stream, bytes));
-        // A client that takes its time does not stop the clock.
-        let is_wanted = loop {
-            tokio::select! {
-                is_wanted = &mut taking => break is_wanted,
-                () = limit.sleep.as_mut() => {
-                    timed_out |= limit.step(&group);
-                    if limit.stage == Stage::Over {
-                        break false;
-                    }
-                }
-            }
-        };
-        if !is_wanted {
+        let taken = limit.take(&group, sink, stream, bytes).await;
+        timed_out |= taken.timed_out;
+        if !taken.is_wanted {
             is_gone = true;
             break;
         }
     }
-    let status = match status {
-        // Waited for, and nobody holds its outputs: the group's number may belong to somebody else by now.
-        Some(status) if stdout.is_none() && stderr.is_none() => {
-            group.0 = None;
-            status
+    if timed_out && !is_gone && limit.stage == Stage::Asked {
+        // The program heard SIGTERM. Those who have not, and say nothing, have the rest of their grace.
+        tokio::select! {
+            () = group.empties(limit.sleep.deadline()) => {}
+            () = sink.gone() => is_gone = true,
         }
+    }
+    let status = match status {
         Some(status) => status,
         None => {
             group.signal(Signal::KILL);
             child.wait().await?
         }
     };
+    if !group.is_empty() {
+        group.signal(Signal::KILL);
+        // Their directory is removed next, and who still writes there would keep it from going.
+        group.empties(Instant::now() + DYING).await;
+    }
     Ok(Ended {
         exit_code: if timed_out { EXIT_TIMED_OUT } else { code(status) },
         timed_out,
         client_gone: is_gone,
         took: begun.elapsed(),
+    })
+}
+
+/// Whether somebody in the group is more than a dead entry, which first processes of some containers never take away. Looked
+/// at only where the group has members.
+fn lives(group: Pid) -> bool {
+    // Where nothing can be read, nobody can be said to be dead.
+    let Ok(all) = std::fs::read_dir("/proc") else { return true };
+    all.flatten().filter(|entry| entry.file_name().as_encoded_bytes()[0].is_ascii_digit()).any(|entry| {
+        // `pid (name) state parent group ...`, and the name may hold anything. Who ends meanwhile cannot be read.
+        let stat = std::fs::read(entry.path().join("stat")).unwrap_or_default();
+        let stat = String::from_utf8_lossy(&stat);
+        let mut fields = stat.rsplit(')').next().unwrap_or_default().split_ascii_whitespace();
+        let (state, number) = (fields.next(), fields.nth(1));
+        state != Some("Z") && number.and_then(|number| number.parse().ok()) == Some(group.as_raw_nonzero().get())
     })
 }
 
