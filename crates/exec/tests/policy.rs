@@ -100,19 +100,46 @@ fn a_program_that_the_operator_left_out_is_refused() {
 #[test]
 fn paths_in_the_clone_are_handed_on_to_be_followed() {
     #[track_caller]
-    fn check(line: &str, expect: &[&str]) {
+    fn check(line: &str, inside: &[&str], clones: &[&str], context: Option<&str>, talks: bool) {
         let allowed = judge(&rules(), &request(line)).unwrap();
-        let expect: Vec<PathBuf> = expect.iter().map(|path| Path::new(CLONE_ROOT).join(path)).collect();
-        assert_eq!(allowed, Allowed { inside: expect });
+        let path = |path: &str| Path::new(CLONE_ROOT).join(path);
+        let all = |paths: &[&str]| -> Vec<PathBuf> { paths.iter().map(|text| path(text)).collect() };
+        let expect = Allowed { inside: all(inside), clones: all(clones), context: context.map(path), talks };
+        assert_eq!(allowed, expect, "{line}");
     }
-    check("- | git clone REMOTE ROOT/job-1", &["job-1"]);
-    check("ROOT/job-1 | git status", &["job-1"]);
-    check("ROOT/job-1 | git -C ROOT/job-2 status", &["job-1", "job-2"]);
+    check("- | git clone REMOTE ROOT/job-1", &["job-1"], &[], None, true);
+    check("ROOT/job-2 | git clone REMOTE ROOT/job-1", &["job-2", "job-1"], &["job-2"], None, true);
+    check("- | git ls-remote REMOTE", &[], &[], None, true);
+    check("ROOT/job-1 | git fetch", &["job-1"], &["job-1"], None, true);
+    check("ROOT/job-1 | git status", &["job-1"], &["job-1"], None, false);
+    check("ROOT/job-1 | git -C ROOT/job-2 status", &["job-1", "job-2"], &["job-1", "job-2"], None, false);
     check(
         "ROOT/job-1 | az acr build --registry platformacr --image a:1 --file api/Dockerfile api",
-        &["job-1", "job-1/api", "job-1/api/Dockerfile"],
+        &[
+            "job-1",
+            "job-1/api",
+            "job-1/api/Dockerfile",
+            "job-1/api/.dockerignore",
+            "job-1/api/api/Dockerfile.dockerignore",
+        ],
+        &[],
+        Some("job-1/api"),
+        false,
     );
-    check("- | az login --identity", &[]);
+    check(
+        "ROOT/job-1 | az acr build --registry platformacr --image a:1 api",
+        &[
+            "job-1",
+            "job-1/api",
+            "job-1/api/Dockerfile",
+            "job-1/api/.dockerignore",
+            "job-1/api/api/Dockerfile.dockerignore",
+        ],
+        &[],
+        Some("job-1/api"),
+        false,
+    );
+    check("- | az login --identity", &[], &[], None, false);
 }
 
 /// Words from which dangerous requests are made, and noise.

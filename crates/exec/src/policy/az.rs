@@ -5,6 +5,8 @@ use std::path::Path;
 use super::options::{Known, flag, read, value};
 use super::{Allowed, Judged, Rules, below_root, bound, relative, rule};
 
+/// What the CLI looks for when no Dockerfile is named.
+const DOCKERFILE: &str = "Dockerfile";
 const VALUE_MAX: usize = 4_096;
 
 pub(super) fn judge(rules: &Rules, words: &[&str], cwd: Option<&Path>) -> Judged<Allowed> {
@@ -15,27 +17,27 @@ pub(super) fn judge(rules: &Rules, words: &[&str], cwd: Option<&Path>) -> Judged
     if words.iter().any(|word| word.len() > VALUE_MAX || word.chars().any(char::is_control)) {
         return rule("an argument is too long or has control characters");
     }
-    let mut inside = Vec::new();
+    let mut allowed = Allowed::default();
     if let Some(cwd) = cwd {
-        inside.push(below_root(rules, cwd)?.to_owned());
+        allowed.inside.push(below_root(rules, cwd)?.to_owned());
     }
     match words {
         ["acr", "build", rest @ ..] => {
             let Some(cwd) = cwd else { return rule("az acr build needs the clone's directory as cwd") };
-            build(rules, rest, cwd, &mut inside)?;
+            build(rules, rest, cwd, &mut allowed)?;
         }
         ["containerapp", "show", rest @ ..] => show(rules, rest)?,
         ["containerapp", "update", rest @ ..] => update(rules, rest)?,
         ["login", rest @ ..] => login(rules, rest)?,
         _ => return rule("az may not be asked for this command"),
     }
-    Ok(Allowed { inside })
+    Ok(allowed)
 }
 
 const QUIET: Known = flag(&["--only-show-errors"]);
 const OUTPUT: Known = value(&["--output", "-o"], output);
 
-fn build(rules: &Rules, words: &[&str], cwd: &Path, inside: &mut Vec<std::path::PathBuf>) -> Judged<()> {
+fn build(rules: &Rules, words: &[&str], cwd: &Path, allowed: &mut Allowed) -> Judged<()> {
     const KNOWN: [Known; 13] = [
         value(&["--registry", "-r"], registry),
         value(&["--image", "-t"], image_in_registry),
@@ -57,10 +59,17 @@ fn build(rules: &Rules, words: &[&str], cwd: &Path, inside: &mut Vec<std::path::
     }
     let [context] = found.words[..] else { return rule("az acr build needs one context, and no more") };
     relative(context)?;
-    // Both are read on this side: a link in the release's tree must not lead them elsewhere.
-    inside.push(cwd.join(context));
-    let files = found.options.iter().filter(|(name, _)| *name == "--file").filter_map(|(_, path)| *path);
-    inside.extend(files.map(|path| cwd.join(path)));
+    // All of these are read on this side: a link in the release's tree must not lead them elsewhere.
+    let directory = cwd.join(context);
+    let file = found.options.iter().rev().find(|(name, _)| *name == "--file").and_then(|(_, path)| *path);
+    let (file, named) = match file {
+        Some(path) => (cwd.join(path), Path::new(path).to_owned()),
+        None => (directory.join(DOCKERFILE), Path::new(context).join(DOCKERFILE)),
+    };
+    let mut ignored = named.into_os_string();
+    ignored.push(".dockerignore");
+    allowed.inside.extend([directory.clone(), file, directory.join(".dockerignore"), directory.join(ignored)]);
+    allowed.context = Some(directory);
     Ok(())
 }
 
@@ -193,7 +202,10 @@ fn container(_: &Rules, text: &str) -> Judged<()> {
 }
 
 fn guid(_: &Rules, text: &str) -> Judged<()> {
-    plain(text, b"-", "the client id is not a GUID")
+    let parts: Vec<&str> = text.split('-').collect();
+    let fine = parts.iter().map(|part| part.len()).eq([8, 4, 4, 4, 12])
+        && parts.iter().all(|part| part.bytes().all(|b| b.is_ascii_hexdigit()));
+    if fine { Ok(()) } else { rule("the client id is not a GUID") }
 }
 
 fn seconds(_: &Rules, text: &str) -> Judged<()> {

@@ -40,7 +40,8 @@ pub(super) fn judge(rules: &Rules, words: &[&str], cwd: Option<&Path>) -> Judged
     for path in [cwd, chosen].into_iter().flatten() {
         inside.push(clone_directory(rules, path)?.to_owned());
     }
-    let in_clone = !inside.is_empty();
+    let clones = inside.clone();
+    let in_clone = !clones.is_empty();
     match command {
         "clone" => inside.push(clone(rules, rest)?.into()),
         "ls-remote" => ls_remote(rules, rest, in_clone)?,
@@ -55,7 +56,8 @@ pub(super) fn judge(rules: &Rules, words: &[&str], cwd: Option<&Path>) -> Judged
         "verify-tag" => verify_tag(rules, rest)?,
         _ => return rule("git may not be asked for this subcommand"),
     }
-    Ok(Allowed { inside })
+    let talks = matches!(command, "clone" | "fetch" | "ls-remote");
+    Ok(Allowed { inside, clones, context: None, talks })
 }
 
 fn clone<'a>(rules: &Rules, words: &[&'a str]) -> Judged<&'a Path> {
@@ -100,7 +102,7 @@ fn fetch(rules: &Rules, words: &[&str]) -> Judged<()> {
         flag(&["--no-recurse-submodules"]),
     ];
     let found = read(rules, &KNOWN, words)?;
-    let Some((remote, references)) = found.words.split_first() else { return Ok(()) };
+    let (remote, references) = found.words.split_first().unwrap_or((&"origin", &[]));
     origin_or_remote(rules, remote)?;
     references.iter().try_for_each(|text| {
         let text = text.strip_prefix('+').unwrap_or(text);
@@ -206,12 +208,17 @@ fn ls_remote(rules: &Rules, words: &[&str], in_clone: bool) -> Judged<()> {
     patterns.iter().try_for_each(|pattern| reference(rules, &pattern.replace('*', "x")))
 }
 
+/// The clone's own remote is compared with the configured one where the clone is.
 fn origin_or_remote(rules: &Rules, text: &str) -> Judged<()> {
-    if text == "origin" { Ok(()) } else { is_remote(rules, text) }
+    if text == "origin" { ours(rules).map(|_| ()) } else { is_remote(rules, text) }
+}
+
+fn ours(rules: &Rules) -> Judged<&str> {
+    bound(rules.remote.as_ref(), "UPGRADE_GIT_REMOTE is not set, so no remote is allowed")
 }
 
 fn is_remote(rules: &Rules, text: &str) -> Judged<()> {
-    let ours = bound(rules.remote.as_ref(), "UPGRADE_GIT_REMOTE is not set, so no remote is allowed")?;
+    let ours = ours(rules)?;
     if url::same(ours, text) { Ok(()) } else { rule("the remote is not the configured one") }
 }
 

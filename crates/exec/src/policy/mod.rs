@@ -2,11 +2,13 @@
 //!
 //! Each request is judged alone, and yet sequences are safe: no allowed call can leave something behind that makes a later
 //! one run a program, because the only setting that can be written is the remote's URL, and only to the configured remote.
+//! What somebody else may have left, a release in its tree or an earlier server in its clones, only the file system can tell:
+//! [`Allowed`] says what has to be looked at before the request runs.
 
 mod az;
 mod git;
 mod options;
-mod url;
+pub(crate) mod url;
 
 use std::collections::BTreeSet;
 use std::path::{Component, Path, PathBuf};
@@ -45,12 +47,18 @@ impl Default for Rules {
     }
 }
 
-/// A request that may run.
+/// A request that may run, if the file system agrees.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Allowed {
     /// Paths that must lie below the clone root after every symbolic link is followed, as far as they exist: words alone
     /// cannot tell, since a release's own tree may hold links.
     pub inside: Vec<PathBuf>,
+    /// Clones that git is run in: their settings must be such as git itself writes.
+    pub clones: Vec<PathBuf>,
+    /// The context of a build. It must be a directory: the CLI takes a path that is not there for a remote one.
+    pub context: Option<PathBuf>,
+    /// It talks to the remote, whose addresses are to be judged first.
+    pub talks: bool,
 }
 
 /// Why a request may not run. It says the rule and nothing of the request, so that it can be logged.
@@ -85,7 +93,12 @@ pub fn judge(rules: &Rules, request: &Request) -> Result<Allowed, Denied> {
     program(rules, request)?;
     let words: Vec<&str> = request.argv.iter().skip(1).map(String::as_str).collect();
     let cwd = request.cwd.as_deref().map(Path::new);
-    match request.argv.first().map(String::as_str) {
+    let name = request.argv.first().map(String::as_str);
+    if matches!(name, Some("git" | "az")) && request.stdin_file.is_some() {
+        // Both take settings from where they are started: `.git`, which may lead to any directory, and `.azure`.
+        return rule("git and az take no file");
+    }
+    match name {
         Some("git") => git::judge(rules, &words, cwd),
         Some("az") => az::judge(rules, &words, cwd),
         // Whoever may run these may run anything: the allowlist is all there is to say.
@@ -101,11 +114,18 @@ fn below_root<'a>(rules: &Rules, path: &'a Path) -> Judged<&'a Path> {
     if plain && path.is_absolute() && inside { Ok(path) } else { rule("the directory must lie below the clone root") }
 }
 
-/// A path that stays below where it is taken from.
+/// A path that stays below where it is taken from, and is nothing but a path to everybody who reads it.
 fn relative(path: &str) -> Judged<()> {
-    let plain = |part: Component<'_>| matches!(part, Component::Normal(_) | Component::CurDir);
-    let begins_well = !path.is_empty() && !path.starts_with(['-', '@', '~']) && !path.contains([':', '\\']);
-    if begins_well && Path::new(path).components().all(plain) {
+    let plain = |part: Component<'_>| match part {
+        // What git keeps of a clone may hold a credential.
+        Component::Normal(name) => !name.eq_ignore_ascii_case(".git"),
+        part => part == Component::CurDir,
+    };
+    let character = |c: char| c.is_alphanumeric() || "._/+,= -".contains(c);
+    // The CLI takes this beginning for a remote repository.
+    let is_remote = path.get(..11).is_some_and(|start| start.eq_ignore_ascii_case("github.com/"));
+    let begins_well = !path.is_empty() && !path.starts_with(['-', ' ']) && !is_remote;
+    if begins_well && path.chars().all(character) && Path::new(path).components().all(plain) {
         Ok(())
     } else {
         rule("the path must be relative and stay in the clone")

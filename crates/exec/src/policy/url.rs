@@ -31,13 +31,18 @@ fn place(url: &str) -> Option<Place<'_>> {
 }
 
 /// The same place, with or without a user.
-pub(super) fn same(configured: &str, given: &str) -> bool {
+pub(crate) fn same(configured: &str, given: &str) -> bool {
     match (place(configured), place(given)) {
         (Some(ours), Some(theirs)) => {
             (&ours.scheme, &ours.authority, ours.path) == (&theirs.scheme, &theirs.authority, theirs.path)
         }
         _ => false,
     }
+}
+
+/// Scheme, and host with port as written, of a URL that could be the remote.
+pub(crate) fn authority(url: &str) -> Option<(String, String)> {
+    place(url).map(|place| (place.scheme, place.authority))
 }
 
 pub(super) fn has_user(url: &str) -> bool {
