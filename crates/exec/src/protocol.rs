@@ -19,6 +19,8 @@ pub const TIMEOUT_SECONDS: std::ops::RangeInclusive<u64> = 1..=1_800;
 /// Exit code of a program that ran out of time, and of one that could not be started.
 pub const EXIT_TIMED_OUT: i32 = 124;
 pub const EXIT_NOT_STARTED: i32 = 127;
+/// What git itself exits with when it cannot go on, such as for want of an address.
+pub const EXIT_UNREACHED: i32 = 128;
 /// What a line ends in that was cut.
 pub const CUT_MARK: &str = " [truncated:line-over-cap]";
 

@@ -22,21 +22,24 @@ fn own() -> BTreeMap<OsString, OsString> {
         ("GIT_CONFIG_PARAMETERS", "'core.fsmonitor'='id'"),
         ("LD_PRELOAD", "/tmp/x.so"),
         ("https_proxy", "http://proxy:3128"),
+        ("PYTHONPATH", ""),
+        ("LD_LIBRARY_PATH", "/opt/lib::./lib:/usr/local/lib:"),
     ]
     .into_iter()
     .map(|(name, value)| (name.into(), value.into()))
     .collect()
 }
 
-fn environment(program: &str, fresh: &Path) -> BTreeMap<OsString, OsString> {
-    let own = own();
+fn environment(program: &str, home: &Path, own: &BTreeMap<OsString, OsString>) -> BTreeMap<OsString, OsString> {
     of(
         program,
         &Surroundings {
-            own: &own,
-            fresh,
+            own,
+            home,
+            work: &home.join("../work"),
             clone_root: Path::new("/tmp/elb-upgrade"),
             remote_is_plain: false,
+            pin: Some("git.example.com:443:192.0.2.1"),
             allowed_signers: None,
             askpass: None,
         },
@@ -46,12 +49,35 @@ fn environment(program: &str, fresh: &Path) -> BTreeMap<OsString, OsString> {
 #[test]
 fn no_program_gets_the_channel_s_own_variables() {
     for program in ["git", "az", "azcopy", "kubectl", "elb", "elastic-blast"] {
-        let found = environment(program, Path::new("/tmp"));
+        let found = environment(program, Path::new("/tmp"), &own());
         assert!(found.keys().all(|name| !name.to_str().unwrap().starts_with("EXEC_")), "{program}: {found:?}");
         assert!(found.contains_key(OsStr::new("PATH")), "{program}");
         let signs_in = found.contains_key(OsStr::new("IDENTITY_ENDPOINT"));
         assert_eq!(signs_in, program != "git", "{program}: the machine's identity is not git's affair");
     }
+}
+
+/// An entry that is empty or relative means the directory that a program is started in, which is a release's.
+#[test]
+fn lists_of_directories_hold_no_current_one() {
+    #[track_caller]
+    fn check(name: &str, value: &str, expect: Option<&str>) {
+        let own = BTreeMap::from([(OsString::from(name), OsString::from(value))]);
+        let found = environment("az", Path::new("/tmp"), &own);
+        assert_eq!(found.get(OsStr::new(name)).map(|value| value.to_str().unwrap()), expect, "{name}={value}");
+    }
+    for name in ["PATH", "LD_LIBRARY_PATH", "PYTHONPATH"] {
+        check(name, "/a:/b", Some("/a:/b"));
+        check(name, ":/a::/b:", Some("/a:/b"));
+        check(name, ".:/a:b/c", Some("/a"));
+        check(name, "", None);
+        check(name, ".", None);
+    }
+    check("OTHER", ":", Some(":"));
+    let own = BTreeMap::from([(OsString::from("PATH"), OsString::from(".:/usr/bin"))]);
+    assert_eq!(environment("git", Path::new("/tmp"), &own)[OsStr::new("PATH")], "/usr/bin");
+    // What az packs goes with the request.
+    assert_eq!(environment("az", Path::new("/tmp/x"), &own)[OsStr::new("TMPDIR")], "/tmp/x");
 }
 
 /// A clone that a release and an intruder have prepared: whatever stands in its settings, git runs nothing of it.
@@ -62,12 +88,22 @@ fn git_runs_no_program_that_somebody_left() {
     std::fs::create_dir(&fresh).unwrap();
     let git = |arguments: &[&str], cwd: &Path| {
         let mut command = Command::new("git");
-        command.args(arguments).current_dir(cwd).env_clear().envs(environment("git", &fresh));
+        command.args(arguments).current_dir(cwd).env_clear().envs(environment("git", &fresh, &own()));
         command.output().unwrap()
     };
     assert!(git(&["init", "-q", clone.to_str().unwrap()], place.path()).status.success());
     let who = ["-c", "user.name=x", "-c", "user.email=x@example.org"];
     assert!(git(&[&who[..], &["commit", "-q", "--allow-empty", "-m", "x"]].concat(), &clone).status.success());
+    let head = String::from_utf8(git(&["rev-parse", "HEAD"], &clone).stdout).unwrap();
+    let tag = format!(
+        "object {}\ntype commit\ntag v1\ntagger x <x@example.org> 1700000000 +0000\n\nx\n-----BEGIN PGP SIGNATURE-----\n\n\
+         x\n-----END PGP SIGNATURE-----\n",
+        head.trim()
+    );
+    std::fs::write(place.path().join("tag"), tag).unwrap();
+    let file = place.path().join("tag");
+    let made = git(&["hash-object", "-t", "tag", "-w", "--literally", file.to_str().unwrap()], &clone);
+    std::fs::write(clone.join(".git/refs/tags/v1"), made.stdout).unwrap();
     // Another place than the one remote, which is neither https nor anybody's business.
     assert!(!git(&["ls-remote", clone.to_str().unwrap()], place.path()).status.success());
     let run = format!("touch {}", marker.display());
@@ -77,7 +113,9 @@ fn git_runs_no_program_that_somebody_left() {
     std::fs::set_permissions(&hook, std::fs::Permissions::from_mode(0o755)).unwrap();
     let settings = format!(
         "[core]\n\tfsmonitor = {run}; true\n\tsshCommand = {run}\n\tpager = {run}\n[credential]\n\thelper = !{run}\n\
-         [remote \"origin\"]\n\turl = ext::sh -c '{run}'\n[alias]\n\tstatus = !{run}\n"
+         [remote \"origin\"]\n\turl = ext::{run}\n[alias]\n\tstatus = !{run}\n[protocol \"ext\"]\n\tallow = always\n\
+         [protocol]\n\tallow = always\n[gpg]\n\tprogram = {}\n",
+        hook.display()
     );
     let file = clone.join(".git/config");
     let before = std::fs::read_to_string(&file).unwrap();
@@ -90,6 +128,7 @@ fn git_runs_no_program_that_somebody_left() {
         &["checkout", "--detach", "HEAD"],
         &["clean", "-fdx"],
         &["rev-parse", "HEAD"],
+        &["verify-tag", "v1"],
     ] {
         let out = git(arguments, &clone);
         assert!(!marker.exists(), "{arguments:?} ran a program: {out:?}");
@@ -146,17 +185,25 @@ fn fresh_directories_are_private_and_go_and_stale_ones_are_swept() {
     let places = Places::open(parent.clone(), now).unwrap();
     let fresh = places.fresh().unwrap();
     let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
-    assert_eq!((mode(&parent), mode(fresh.path())), (0o700, 0o700));
-    std::fs::write(fresh.path().join("x"), "x").unwrap();
-    let gone = fresh.path().to_owned();
+    for path in [&parent, &fresh.work, &fresh.own, fresh.work.parent().unwrap()] {
+        assert_eq!(mode(path), 0o700, "{path:?}");
+    }
+    std::fs::write(fresh.work.join("x"), "x").unwrap();
+    let gone = fresh.work.parent().unwrap().to_owned();
     drop(fresh);
     assert!(!gone.exists());
 
-    let (old, young) = (places.fresh().unwrap().keep(), places.fresh().unwrap().keep());
+    // A server that is killed leaves its directories, open and closed ones.
+    let (old, young) = (parent.join("request-old"), parent.join("request-young"));
+    for left in [&old, &young] {
+        std::fs::create_dir_all(left.join("work/x")).unwrap();
+    }
+    std::fs::set_permissions(&parent, std::fs::Permissions::from_mode(0o777)).unwrap();
     let long_ago = now - Duration::from_secs(3 * 3_600);
     std::fs::File::open(&old).unwrap().set_modified(long_ago).unwrap();
     Places::open(parent.clone(), now).unwrap();
     assert!(!old.exists() && young.exists());
+    assert_eq!(mode(&parent), 0o700, "others could put their own in its place");
 
     let file = place.path().join("file");
     std::fs::write(&file, "").unwrap();
@@ -190,8 +237,13 @@ fn settings_that_a_release_brought_for_az_are_found() {
     let root: PathBuf = place.path().join("root");
     std::fs::create_dir_all(root.join("job/api")).unwrap();
     std::fs::create_dir(place.path().join(".azure")).unwrap();
-    assert_eq!(azure_settings(&root, &root.join("job/api")), None, "what lies above the root is the operator's");
+    assert_eq!(azure_settings(&root, &root.join("job/api"), None), None, "what lies above the root is the operator's");
     std::fs::create_dir(root.join("job/.azure")).unwrap();
-    assert_eq!(azure_settings(&root, &root.join("job/api")), Some(root.join("job/.azure")));
-    assert_eq!(azure_settings(&root, &root.join("job")), Some(root.join("job/.azure")));
+    assert_eq!(azure_settings(&root, &root.join("job/api"), None), Some(root.join("job/.azure")));
+    assert_eq!(azure_settings(&root, &root.join("job"), None), Some(root.join("job/.azure")));
+    // It is the name of its own directory that az looks for.
+    let chosen = Some(Path::new("/home/x/settings"));
+    assert_eq!(azure_settings(&root, &root.join("job/api"), chosen), None);
+    std::fs::create_dir(root.join("job/settings")).unwrap();
+    assert_eq!(azure_settings(&root, &root.join("job/api"), chosen), Some(root.join("job/settings")));
 }

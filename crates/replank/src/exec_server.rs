@@ -7,9 +7,11 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
 use replank_core::ports::Clock as _;
+use replank_exec::server::audit;
 use replank_exec::server::config::Config;
 use replank_exec::server::http::Server;
 use replank_exec::server::place::{Places, make_private, sweep_clones};
+use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -34,6 +36,9 @@ Environment:
   EXEC_CLONE_ROOT             where clones go [/tmp/elb-upgrade]
   EXEC_ALLOWED_SIGNERS_FILE   keys that git verify-tag trusts
   UPGRADE_GIT_REMOTE          the one remote that git may reach
+  EXEC_ALLOW_PRIVATE_REMOTE   true: it may have a private address
+  EXEC_ALLOW_LOOPBACK_REMOTE  true, for development: it may be this machine
+                              or a private address, and speak plain http
   PLATFORM_ACR_NAME           the one registry that az may build in
   CONTAINER_APP_NAME          the one app that az may show and update;
                               with it, EXEC_HOST must be loopback
@@ -97,7 +102,7 @@ async fn sweep(root: PathBuf) {
         let place = root.clone();
         let swept = tokio::task::spawn_blocking(move || sweep_clones(&place, now())).await;
         if let Ok(Err(error)) = swept {
-            eprintln!("old clones could not be looked for: {error}");
+            audit::event("exec_error", json!({"error": format!("old clones could not be looked for: {error}")}));
         }
         tokio::time::sleep(SWEEP_EVERY).await;
     }

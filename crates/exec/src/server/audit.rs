@@ -1,5 +1,7 @@
 //! The audit trail: one JSON line on standard error for each event, with the program's name and nothing else of a request.
 
+use std::io::Write as _;
+
 use serde_json::{Map, Value, json};
 
 use super::child::Ended;
@@ -10,7 +12,8 @@ pub fn event(name: &str, details: Value) {
     if let Value::Object(details) = details {
         line.extend(details);
     }
-    eprintln!("{}", Value::Object(line));
+    // Where nobody reads standard error any more there is nobody to tell, and no program has to fail for it.
+    let _unread = writeln!(std::io::stderr().lock(), "{}", Value::Object(line));
 }
 
 /// A program that was started: its end is told in any case, also when the client's departure takes the request away.
@@ -42,9 +45,16 @@ impl Started {
         event("exec_done", details);
     }
 
-    pub fn failed(mut self, why: &str) {
+    #[must_use]
+    pub fn program(&self) -> &str {
+        &self.program
+    }
+
+    pub fn failed(mut self, exit_code: i32) {
         self.is_told = true;
-        event("exec_error", json!({"number": self.number, "program": self.program, "error": why}));
+        let why = "the program did not start";
+        let details = json!({"number": self.number, "program": self.program, "exit_code": exit_code, "error": why});
+        event("exec_error", details);
     }
 }
 

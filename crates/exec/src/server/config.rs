@@ -7,6 +7,8 @@ use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+use super::remote::Remote;
+use crate::outbound::Reach;
 use crate::policy::{PROGRAMS, Rules};
 use crate::protocol::DEFAULT_PORT;
 
@@ -25,6 +27,10 @@ pub struct Config {
     pub listen: SocketAddr,
     pub token: Token,
     pub rules: Rules,
+    /// The same one as in the rules, as somewhere to connect to.
+    pub remote: Option<Remote>,
+    /// What the operator opens beyond public addresses.
+    pub reach: Reach,
     pub mode: Mode,
     /// Keys that `git verify-tag` trusts.
     pub allowed_signers: Option<PathBuf>,
@@ -108,6 +114,9 @@ impl Config {
         if !clone_root.is_absolute() || clone_root == Path::new("/") || !clone_root.components().all(is_plain) {
             return unusable("EXEC_CLONE_ROOT", "must be an absolute path below /, without '..'");
         }
+        let loopback = switch(&get, "EXEC_ALLOW_LOOPBACK_REMOTE")?;
+        // Development: a git server in a container next door has a private address.
+        let reach = Reach { loopback, private: loopback || switch(&get, "EXEC_ALLOW_PRIVATE_REMOTE")? };
         let rules = Rules {
             programs: programs(get("EXEC_ALLOWED_BINARIES").as_deref())?,
             clone_root,
@@ -116,23 +125,24 @@ impl Config {
             container_app,
             resource_group: get("AZURE_RESOURCE_GROUP"),
         };
+        let remote = match rules.remote.as_deref().map(|url| Remote::read(url, reach)).transpose() {
+            Ok(remote) => remote,
+            Err(what) => return unusable("UPGRADE_GIT_REMOTE", what),
+        };
         let mode = match get("EXEC_POLICY").as_deref() {
             None | Some("enforce") => Mode::Enforce,
             Some("audit") => Mode::Audit,
             Some(_) => return unusable("EXEC_POLICY", "must be enforce or audit"),
         };
-        let limited = match get("STRICT_EXEC_RATE_LIMIT") {
-            Some(text) if text.eq_ignore_ascii_case("true") || text == "1" => true,
-            None => false,
-            Some(text) if text.eq_ignore_ascii_case("false") || text == "0" => false,
-            Some(_) => return unusable("STRICT_EXEC_RATE_LIMIT", "must be true or false"),
-        };
+        let limited = switch(&get, "STRICT_EXEC_RATE_LIMIT")?;
         let starts = number(&get, "EXEC_RATE_LIMIT_PER_WINDOW", 120, 1..=1_000_000)?;
         let window = number(&get, "EXEC_RATE_LIMIT_WINDOW_SECONDS", 60, 1..=86_400)?;
         Ok(Self {
             listen: SocketAddr::new(host, port),
             token,
             rules,
+            remote,
+            reach,
             mode,
             allowed_signers: get("EXEC_ALLOWED_SIGNERS_FILE").map(PathBuf::from),
             max_concurrency: number(&get, "EXEC_MAX_CONCURRENCY", 4, 1..=256)?,
@@ -153,6 +163,16 @@ fn programs(text: Option<&str>) -> Result<BTreeSet<String>, Unusable> {
         return unusable(NAME, format!("must name some of {}", PROGRAMS.join(" ")));
     }
     Ok(given)
+}
+
+/// Off unless it is set.
+fn switch(get: &impl Fn(&str) -> Option<String>, name: &'static str) -> Result<bool, Unusable> {
+    match get(name) {
+        Some(text) if text.eq_ignore_ascii_case("true") || text == "1" => Ok(true),
+        None => Ok(false),
+        Some(text) if text.eq_ignore_ascii_case("false") || text == "0" => Ok(false),
+        Some(_) => unusable(name, "must be true or false"),
+    }
 }
 
 fn number<N>(

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Variables that are this server's own affair.
 const OWN: &str = "EXEC_";
@@ -19,13 +19,16 @@ const FOR_GIT: [&str; 9] = [
     "GIT_SSL_CAINFO",
 ];
 
+/// Lists of directories. An entry that is empty or relative means the directory that a program is started in, which is a
+/// clone: a release would choose the programs, libraries and modules. `PYTHONPATH=` and a colon too many are common.
+const LISTS: [&str; 3] = ["PATH", "LD_LIBRARY_PATH", "PYTHONPATH"];
+
 /// Settings that a clone's own cannot override. None is needed for what the policy allows; each closes a way to run a program
 /// or to reach another place.
-fn settings(remote_is_plain: bool, allowed_signers: Option<&Path>) -> Vec<(&'static str, OsString)> {
+fn settings(around: &Surroundings<'_>) -> Vec<(&'static str, OsString)> {
     let mut all: Vec<(&str, OsString)> = [
-        ("protocol.allow", "never"),
-        ("protocol.https.allow", "always"),
         ("http.followRedirects", "false"),
+        ("transfer.bundleURI", "false"),
         ("core.hooksPath", "/dev/null"),
         ("core.fsmonitor", "false"),
         ("core.sshCommand", "false"),
@@ -33,16 +36,20 @@ fn settings(remote_is_plain: bool, allowed_signers: Option<&Path>) -> Vec<(&'sta
         ("credential.helper", ""),
         ("safe.bareRepository", "explicit"),
         ("submodule.recurse", "false"),
+        ("fetch.recurseSubmodules", "false"),
+        ("gpg.program", "gpg"),
+        ("gpg.x509.program", "gpgsm"),
+        ("gpg.ssh.program", "ssh-keygen"),
         ("gc.auto", "0"),
         ("maintenance.auto", "false"),
     ]
     .into_iter()
     .map(|(key, value)| (key, value.into()))
     .collect();
-    if remote_is_plain {
-        all.push(("protocol.http.allow", "always".into()));
+    if let Some(pin) = around.pin {
+        all.push(("http.curloptResolve", pin.into()));
     }
-    if let Some(file) = allowed_signers {
+    if let Some(file) = around.allowed_signers {
         all.push(("gpg.format", "ssh".into()));
         all.push(("gpg.ssh.allowedSignersFile", file.into()));
     }
@@ -54,11 +61,15 @@ fn settings(remote_is_plain: bool, allowed_signers: Option<&Path>) -> Vec<(&'sta
 pub struct Surroundings<'a> {
     /// The server's own environment.
     pub own: &'a BTreeMap<OsString, OsString>,
-    /// The request's fresh directory.
-    pub fresh: &'a Path,
+    /// The part of the request's directory where nothing of the request gets by its name.
+    pub home: &'a Path,
+    /// Where the request's own files are.
+    pub work: &'a Path,
     pub clone_root: &'a Path,
     /// The configured remote speaks plain HTTP: a development setting.
     pub remote_is_plain: bool,
+    /// The remote's addresses, as git's `http.curloptResolve` wants them.
+    pub pin: Option<&'a str>,
     pub allowed_signers: Option<&'a Path>,
     /// Answers git when it asks who the user is.
     pub askpass: Option<&'a Path>,
@@ -71,8 +82,10 @@ pub fn of(program: &str, around: &Surroundings<'_>) -> BTreeMap<OsString, OsStri
         "git" => git(around),
         "az" => {
             let mut all = inherited(around);
-            // Started in a clone, Python would take modules from it.
+            // Started in a clone, Python would take modules from it. Before 3.11 it does not know this.
             all.insert("PYTHONSAFEPATH".into(), "1".into());
+            // What it packs goes with the request, also when it is killed.
+            all.insert("TMPDIR".into(), around.home.into());
             all.insert("AZURE_CORE_COLLECT_TELEMETRY".into(), "no".into());
             all.insert("AZURE_EXTENSION_USE_DYNAMIC_INSTALL".into(), "no".into());
             all
@@ -83,20 +96,36 @@ pub fn of(program: &str, around: &Surroundings<'_>) -> BTreeMap<OsString, OsStri
 
 fn inherited(around: &Surroundings<'_>) -> BTreeMap<OsString, OsString> {
     let is_own = |name: &OsStr| name.as_encoded_bytes().starts_with(OWN.as_bytes());
-    around.own.iter().filter(|(name, _)| !is_own(name)).map(|(name, value)| (name.clone(), value.clone())).collect()
+    let all = around.own.iter().filter(|(name, _)| !is_own(name));
+    all.filter_map(|(name, value)| Some((name.clone(), safe(name, value)?))).collect()
+}
+
+/// The variable's value without entries that mean the current directory; nothing, where nothing is left.
+fn safe(name: &OsStr, value: &OsStr) -> Option<OsString> {
+    if !LISTS.iter().any(|list| name == *list) {
+        return Some(value.to_owned());
+    }
+    let kept: Vec<PathBuf> = std::env::split_paths(value).filter(|entry| entry.is_absolute()).collect();
+    std::env::join_paths(kept).ok().filter(|list| !list.is_empty())
 }
 
 fn git(around: &Surroundings<'_>) -> BTreeMap<OsString, OsString> {
     let mut all: BTreeMap<OsString, OsString> = FOR_GIT
         .iter()
-        .filter_map(|name| Some((OsString::from(name), around.own.get(OsStr::new(name))?.clone())))
+        .filter_map(|name| {
+            let name = OsStr::new(name);
+            Some((name.to_owned(), safe(name, around.own.get(name)?)?))
+        })
         .collect();
-    let fixed: [(&str, &OsStr); 11] = [
-        ("HOME", around.fresh.as_os_str()),
-        ("XDG_CONFIG_HOME", around.fresh.as_os_str()),
-        ("TMPDIR", around.fresh.as_os_str()),
-        // A directory that is no clone is not to be taken for a part of one around it.
-        ("GIT_CEILING_DIRECTORIES", around.clone_root.as_os_str()),
+    // A directory that is no clone is not to be taken for a part of one around it.
+    let ceilings = std::env::join_paths([Some(around.clone_root), around.work.parent()].into_iter().flatten());
+    let fixed: [(&str, &OsStr); 12] = [
+        ("HOME", around.home.as_os_str()),
+        ("XDG_CONFIG_HOME", around.home.as_os_str()),
+        ("TMPDIR", around.home.as_os_str()),
+        ("GIT_CEILING_DIRECTORIES", ceilings.as_deref().unwrap_or(around.clone_root.as_os_str())),
+        // Beats every setting about protocols, also those of a clone.
+        ("GIT_ALLOW_PROTOCOL", OsStr::new(if around.remote_is_plain { "http" } else { "https" })),
         ("LC_ALL", OsStr::new("C")),
         ("GIT_CONFIG_NOSYSTEM", OsStr::new("1")),
         ("GIT_CONFIG_GLOBAL", OsStr::new("/dev/null")),
@@ -106,7 +135,7 @@ fn git(around: &Surroundings<'_>) -> BTreeMap<OsString, OsString> {
         ("GIT_ASKPASS", around.askpass.map_or(OsStr::new(""), Path::as_os_str)),
     ];
     all.extend(fixed.into_iter().map(|(name, value)| (name.into(), value.to_owned())));
-    let settings = settings(around.remote_is_plain, around.allowed_signers);
+    let settings = settings(around);
     all.insert("GIT_CONFIG_COUNT".into(), settings.len().to_string().into());
     for (at, (key, value)) in settings.into_iter().enumerate() {
         all.insert(format!("GIT_CONFIG_KEY_{at}").into(), key.into());

@@ -4,8 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;
 use std::ffi::OsString;
 use std::future::Future;
-use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,34 +12,38 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use http::{Method, Response, StatusCode, header};
 use http_body_util::combinators::BoxBody;
-use http_body_util::{BodyExt, Full, LengthLimitError, Limited, StreamBody};
+use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::json;
 use subtle::ConstantTimeEq as _;
-use tempfile::TempDir;
-use tokio::net::TcpListener;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::audit::{self, Started};
-use super::child::{self, Order};
+use super::clone;
 use super::config::{Config, Mode};
-use super::environment::{self, Surroundings};
-use super::lines;
+use super::connection::{self, Client};
+use super::order::{NotRun, Ready};
 use super::place::{self, Places};
+use super::remote::Unreached;
 use super::sinks::{Kept, Sent};
-use crate::policy;
-use crate::protocol::{
-    CREDENTIAL_FEATURE, EXIT_NOT_STARTED, FEATURES_HEADER, Health, Outcome, Request, Stream, Summary, TOKEN_HEADER,
-};
+use crate::outbound::{Resolver, SystemResolver};
+use crate::policy::{self, Allowed};
+use crate::protocol::{CREDENTIAL_FEATURE, EXIT_UNREACHED, FEATURES_HEADER, Health, Request, TOKEN_HEADER};
 
 /// A client that has not sent its head, or its body, by then is not going to.
 const HEAD_LIMIT: Duration = Duration::from_secs(10);
 const BODY_LIMIT: Duration = Duration::from_secs(30);
+/// What is still read of a body that is refused, and for how long: a client that is in the middle of sending would see a broken
+/// connection and not the answer. Whoever has no token is not listened to for long.
+const REFUSED_MAX: usize = 64 * 1024 * 1024;
+const STRANGER_MAX: usize = 1024 * 1024;
+const STRANGER_LIMIT: Duration = Duration::from_secs(2);
 /// Connections at the same time: programs have their own, smaller limit.
 const CONNECTIONS_MAX: usize = 64;
 /// Pieces of output that wait for a slow client: beyond them the program waits.
@@ -56,6 +59,7 @@ pub struct Server {
     config: Config,
     places: Places,
     own: BTreeMap<OsString, OsString>,
+    resolver: Arc<dyn Resolver>,
     slots: Arc<Semaphore>,
     starts: Mutex<BTreeMap<String, VecDeque<Instant>>>,
     number: AtomicU64,
@@ -70,20 +74,39 @@ impl No {
     }
 }
 
-/// What is left to do for a request that may run.
-struct Ready {
-    order: Order,
-    started: Started,
-    _fresh: TempDir,
-    _slot: OwnedSemaphorePermit,
+/// What the judges say of a request.
+struct Judged {
+    /// Where git finds the remote.
+    pin: Option<String>,
+    /// There is no way to the remote, and git does not have to find out.
+    unreached: Option<NotRun>,
 }
 
 impl Server {
     /// `own` is the process's environment, which programs other than git inherit without the channel's own variables.
     #[must_use]
     pub fn new(config: Config, places: Places, own: BTreeMap<OsString, OsString>) -> Self {
+        Self::with_resolver(config, places, own, Arc::new(SystemResolver))
+    }
+
+    /// As [`Server::new`], with another name service.
+    #[must_use]
+    pub fn with_resolver(
+        config: Config,
+        places: Places,
+        own: BTreeMap<OsString, OsString>,
+        resolver: Arc<dyn Resolver>,
+    ) -> Self {
         let slots = Arc::new(Semaphore::new(config.max_concurrency));
-        Self { config, places, own, slots, starts: Mutex::default(), number: AtomicU64::new(1) }
+        Self { config, places, own, resolver, slots, starts: Mutex::default(), number: AtomicU64::new(1) }
+    }
+
+    pub(super) fn config(&self) -> &Config {
+        &self.config
+    }
+
+    pub(super) fn own(&self) -> &BTreeMap<OsString, OsString> {
+        &self.own
     }
 
     /// Serves until `stop` is ready; what runs then is killed with this process's tasks.
@@ -94,7 +117,14 @@ impl Server {
             Mode::Audit => "audit",
         };
         let listen = listener.local_addr().map(|address| address.to_string()).unwrap_or_default();
-        let started = json!({"listen": listen, "max_concurrency": self.config.max_concurrency, "policy": policy});
+        let started = json!({
+            "listen": listen,
+            "max_concurrency": self.config.max_concurrency,
+            "policy": policy,
+            "programs": self.config.rules.programs,
+            "loopback_remote_allowed": self.config.reach.loopback,
+            "private_remote_allowed": self.config.reach.private,
+        });
         audit::event("exec_server_started", started);
         let accept = async {
             while let Ok(place) = connections.clone().acquire_owned().await {
@@ -102,16 +132,7 @@ impl Server {
                     Ok((stream, _)) => {
                         let server = self.clone();
                         tokio::spawn(async move {
-                            let service = service_fn(move |request| {
-                                let server = server.clone();
-                                async move { Ok::<_, Infallible>(server.answer(request).await) }
-                            });
-                            let connection = http1::Builder::new()
-                                .timer(TokioTimer::new())
-                                .header_read_timeout(HEAD_LIMIT)
-                                .serve_connection(TokioIo::new(stream), service);
-                            // A client that breaks off is told of by the program's own end.
-                            let _broken_off = connection.await;
+                            server.converse(stream).await;
                             drop(place);
                         });
                     }
@@ -125,7 +146,24 @@ impl Server {
         }
     }
 
-    async fn answer(&self, request: http::Request<Incoming>) -> Response<Body> {
+    async fn converse(self: Arc<Self>, stream: TcpStream) {
+        let Ok((link, client, watch)) = connection::open(stream) else { return };
+        let service = service_fn(move |request| {
+            let (server, client) = (self.clone(), client.clone());
+            async move { Ok::<_, Infallible>(server.answer(request, client).await) }
+        });
+        let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEAD_LIMIT)
+            .serve_connection(TokioIo::new(link), service);
+        tokio::select! {
+            // A client that breaks off is told of by the program's own end.
+            _broken_off = connection => {}
+            () = watch => {}
+        }
+    }
+
+    async fn answer(&self, request: http::Request<Incoming>, client: Client) -> Response<Body> {
         let path = request.uri().path().to_owned();
         let answered = match (request.method(), path.as_str()) {
             (&Method::GET, "/healthz") => {
@@ -135,8 +173,8 @@ impl Server {
                 answer.headers_mut().insert(FEATURES_HEADER, features);
                 Ok(answer)
             }
-            (&Method::POST, "/exec") => self.exec(request).await,
-            (&Method::POST, "/exec/stream") => self.stream(request).await,
+            (&Method::POST, "/exec") => self.exec(request, client).await,
+            (&Method::POST, "/exec/stream") => self.stream(request, client).await,
             (_, "/healthz" | "/exec" | "/exec/stream") => {
                 Err(No::new(StatusCode::METHOD_NOT_ALLOWED, "this method is not answered here"))
             }
@@ -151,73 +189,28 @@ impl Server {
         })
     }
 
-    async fn exec(&self, request: http::Request<Incoming>) -> Result<Response<Body>, No> {
-        let ready = self.ready(request).await?;
-        let mut kept = Kept::new(self.config.max_output);
-        let outcome = match child::run(ready.order, &mut kept).await {
-            Ok(ended) => {
-                ready.started.done(&ended);
-                Outcome {
-                    exit_code: ended.exit_code,
-                    stdout: String::from_utf8_lossy(&kept.stdout).into_owned(),
-                    stderr: String::from_utf8_lossy(&kept.stderr).into_owned(),
-                    stdout_truncated: kept.stdout_truncated,
-                    stderr_truncated: kept.stderr_truncated,
-                    duration_ms: ended.duration_ms(),
-                    timed_out: ended.timed_out,
-                }
-            }
-            Err(error) => {
-                ready.started.failed("the program did not start");
-                Outcome {
-                    exit_code: EXIT_NOT_STARTED,
-                    stdout: String::new(),
-                    stderr: not_started(&error),
-                    stdout_truncated: false,
-                    stderr_truncated: false,
-                    duration_ms: 0,
-                    timed_out: false,
-                }
-            }
-        };
-        Ok(json_answer(StatusCode::OK, &outcome))
+    async fn exec(&self, request: http::Request<Incoming>, client: Client) -> Result<Response<Body>, No> {
+        let ready = self.ready(request, &client).await?;
+        let (answer, waiting) = oneshot::channel();
+        let mut kept = Kept::new(self.config.max_output, client, answer);
+        // Apart from the connection, so that the program is seen to its end when that breaks off.
+        tokio::spawn(async move {
+            let ended = ready.run(&mut kept).await;
+            kept.close(ended);
+        });
+        match waiting.await {
+            Ok(outcome) => Ok(json_answer(StatusCode::OK, &outcome)),
+            Err(_) => Err(No::new(StatusCode::INTERNAL_SERVER_ERROR, "the program was lost; look at the server's log")),
+        }
     }
 
-    async fn stream(&self, request: http::Request<Incoming>) -> Result<Response<Body>, No> {
-        let ready = self.ready(request).await?;
+    async fn stream(&self, request: http::Request<Incoming>, client: Client) -> Result<Response<Body>, No> {
+        let ready = self.ready(request, &client).await?;
         let (pieces, from) = mpsc::channel(PIECES);
-        let max_line = self.config.max_line;
+        let mut sent = Sent::new(pieces, client, self.config.max_line);
         tokio::spawn(async move {
-            // As a whole: its directory and its slot go when the program has ended.
-            let Ready { order, started, _fresh, _slot } = ready;
-            let mut sent = Sent::new(pieces, max_line);
-            match child::run(order, &mut sent).await {
-                Ok(ended) => {
-                    started.done(&ended);
-                    let summary = Summary {
-                        exit_code: ended.exit_code,
-                        duration_ms: ended.duration_ms(),
-                        timed_out: ended.timed_out,
-                        client_aborted: ended.client_gone,
-                    };
-                    sent.close(|out| lines::close(&summary, out)).await;
-                }
-                Err(error) => {
-                    started.failed("the program did not start");
-                    let summary = Summary {
-                        exit_code: EXIT_NOT_STARTED,
-                        duration_ms: 0,
-                        timed_out: false,
-                        client_aborted: false,
-                    };
-                    let told = not_started(&error);
-                    sent.close(|out| {
-                        lines::say(Stream::Stderr, &told, out);
-                        lines::close(&summary, out);
-                    })
-                    .await;
-                }
-            }
+            let ended = ready.run(&mut sent).await;
+            sent.close(ended).await;
         });
         let body = StreamBody::new(ReceiverStream::new(from).map(|piece| Ok(Frame::data(piece))));
         let mut answer = Response::new(BodyExt::boxed(body));
@@ -227,10 +220,11 @@ impl Server {
     }
 
     /// Everything that stands between a request and its program. The slot is taken last: whoever is slow or wrong holds none.
-    async fn ready(&self, request: http::Request<Incoming>) -> Result<Ready, No> {
+    async fn ready(&self, request: http::Request<Incoming>, client: &Client) -> Result<Ready, No> {
         let given = request.headers().get(TOKEN_HEADER).map(|value| value.as_bytes()).unwrap_or_default();
         if !bool::from(given.ct_eq(self.config.token.reveal().as_bytes())) {
             audit::event("exec_error", json!({"error": "wrong token"}));
+            hear_out(request, STRANGER_MAX, STRANGER_LIMIT).await;
             return Err(No::new(StatusCode::UNAUTHORIZED, format!("{TOKEN_HEADER} is missing or wrong")));
         }
         let body = self.body(request).await?;
@@ -240,27 +234,31 @@ impl Server {
             malformed(format!("the body is no request: line {}, column {}", error.line(), error.column()))
         })?;
         request.check().map_err(|why| malformed(why.to_string()))?;
-        let rules = &self.config.rules;
         let name = request.argv.first().cloned().unwrap_or_default();
-        if let Err(denied) = policy::program(rules, &request) {
-            audit::event("exec_error", json!({"error": denied.to_string()}));
-            return Err(No::new(StatusCode::FORBIDDEN, denied.to_string()));
-        }
-        let denied = self.judge(&request).err();
-        if let (Mode::Enforce, Some(rule)) = (self.config.mode, &denied) {
-            audit::event("exec_error", json!({"program": name, "error": rule}));
-            return Err(No::new(StatusCode::FORBIDDEN, rule.clone()));
-        }
-        self.rate(&name)?;
+        let refused = |why: &str| {
+            audit::event("exec_error", json!({"program": name, "error": why}));
+            No::new(StatusCode::FORBIDDEN, why)
+        };
+        policy::program(&self.config.rules, &request).map_err(|denied| refused(&denied.to_string()))?;
+        let (judged, would_refuse) = match (self.judge(&request).await, self.config.mode) {
+            (Ok(judged), _) => (judged, None),
+            (Err(rule), Mode::Enforce) => return Err(refused(&rule)),
+            (Err(rule), Mode::Audit) => (Judged { pin: None, unreached: None }, Some(rule)),
+        };
         let slot = self.slots.clone().try_acquire_owned().map_err(|_| {
+            audit::event("exec_error", json!({"program": name, "error": "busy"}));
             let most = self.config.max_concurrency;
             No::new(StatusCode::SERVICE_UNAVAILABLE, format!("{most} programs run already, which is the most"))
         })?;
+        // Counted once it is sure to start: a client that waits for a slot must not use up its rate by asking.
+        self.rate(&name)?;
         let fresh = self.places.fresh().map_err(|error| internal(&error))?;
-        let timeout = Duration::from_secs(request.timeout());
-        let order = self.order(request, fresh.path(), timeout).map_err(|error| internal(&error))?;
-        let started = Started::tell(&name, self.number.fetch_add(1, Ordering::Relaxed), denied);
-        Ok(Ready { order, started, _fresh: fresh, _slot: slot })
+        let order = match judged.unreached {
+            Some(not_run) => Err(not_run),
+            None => Ok(self.order(request, &fresh, judged.pin.as_deref()).map_err(|error| internal(&error))?),
+        };
+        let started = Started::tell(&name, self.number.fetch_add(1, Ordering::Relaxed), would_refuse);
+        Ok(Ready { order, started, fresh, slot, running: client.running() })
     }
 
     async fn body(&self, request: http::Request<Incoming>) -> Result<Bytes, No> {
@@ -269,30 +267,71 @@ impl Server {
         let announced =
             request.headers().get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
         if announced.is_some_and(|length: usize| length > most) {
+            hear_out(request, REFUSED_MAX, BODY_LIMIT).await;
             return Err(too_large());
         }
-        let body = Limited::new(request.into_body(), most).collect();
-        match tokio::time::timeout(BODY_LIMIT, body).await {
-            Ok(Ok(body)) => Ok(body.to_bytes()),
-            Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
-            Ok(Err(_)) => Err(No::new(StatusCode::BAD_REQUEST, "the body broke off")),
+        let mut whole = Vec::with_capacity(announced.unwrap_or_default());
+        let reading = async {
+            let mut body = request.into_body();
+            let mut read = 0;
+            while let Some(frame) = body.frame().await {
+                let Ok(data) = frame.map_err(|_| No::new(StatusCode::BAD_REQUEST, "the body broke off"))?.into_data()
+                else {
+                    continue;
+                };
+                read += data.len();
+                if read > REFUSED_MAX {
+                    break;
+                }
+                if read <= most {
+                    whole.extend_from_slice(&data);
+                }
+            }
+            if read > most { Err(too_large()) } else { Ok(()) }
+        };
+        match tokio::time::timeout(BODY_LIMIT, reading).await {
+            Ok(read) => read.map(|()| whole.into()),
             Err(_) => Err(No::new(StatusCode::REQUEST_TIMEOUT, "the body did not come in time")),
         }
     }
 
-    /// The policy's word, and what only the file system can say.
-    fn judge(&self, request: &Request) -> Result<(), String> {
+    /// The policy's word, and what only the file system and the name service can say.
+    async fn judge(&self, request: &Request) -> Result<Judged, String> {
         let rules = &self.config.rules;
         let allowed = policy::judge(rules, request).map_err(|denied| denied.to_string())?;
+        self.look(request, &allowed)?;
+        let remote = self.config.remote.as_ref().filter(|_| allowed.talks);
+        let Some(remote) = remote else { return Ok(Judged { pin: None, unreached: None }) };
+        match remote.pin(self.resolver.as_ref(), &self.own).await {
+            Ok(pin) => Ok(Judged { pin, unreached: None }),
+            Err(Unreached::Unresolved(name, why)) => {
+                let why = format!("fatal: {}", Unreached::Unresolved(name, why));
+                Ok(Judged { pin: None, unreached: Some(NotRun { exit_code: EXIT_UNREACHED, why }) })
+            }
+            Err(refused) => Err(refused.to_string()),
+        }
+    }
+
+    fn look(&self, request: &Request, allowed: &Allowed) -> Result<(), String> {
+        let rules = &self.config.rules;
+        let unreadable = |_| "the clone cannot be read".to_owned();
         for path in &allowed.inside {
             if !place::is_inside(&rules.clone_root, path).unwrap_or(false) {
                 return Err("a link leads out of the clone root".to_owned());
             }
         }
+        for directory in &allowed.clones {
+            if let Some(strange) = clone::strange(directory, rules.remote.as_deref()).map_err(unreadable)? {
+                return Err(strange.to_string());
+            }
+        }
+        if allowed.context.as_ref().is_some_and(|context| !context.is_dir()) {
+            return Err("the build's context is no directory of the clone".to_owned());
+        }
         let is_az = request.argv.first().is_some_and(|name| name == "az");
         let cwd = request.cwd.as_deref().map(Path::new).filter(|_| is_az);
-        match cwd.and_then(|cwd| place::azure_settings(&rules.clone_root, cwd)) {
-            Some(_) => Err("the clone has an .azure directory, which az would take its settings from".to_owned()),
+        match cwd.and_then(|cwd| place::azure_settings(&rules.clone_root, cwd, self.azure_config())) {
+            Some(_) => Err("the clone has a directory that az would take its settings from, such as .azure".to_owned()),
             None => Ok(()),
         }
     }
@@ -314,64 +353,30 @@ impl Server {
         let detail = format!("{} starts in {} s are the most", rate.starts, rate.window.as_secs());
         Err(No(StatusCode::TOO_MANY_REQUESTS, detail, Some(free.as_secs() + 1)))
     }
+}
 
-    fn order(&self, request: Request, fresh: &Path, timeout: Duration) -> std::io::Result<Order> {
-        let mut input = request.stdin.map(String::into_bytes);
-        if let (Some(file), Some(bytes)) = (&request.stdin_file, &input) {
-            let path = fresh.join(file);
-            if let Some(parent) = path.parent() {
-                std::fs::create_dir_all(parent)?;
-            }
-            private(&path, bytes, 0o600)?;
-            input = None;
-        }
-        let askpass = request.git_credential.as_ref().map(|credential| askpass(fresh, credential)).transpose()?;
-        let rules = &self.config.rules;
-        let around = Surroundings {
-            own: &self.own,
-            fresh,
-            clone_root: &rules.clone_root,
-            remote_is_plain: rules.remote.as_ref().is_some_and(|remote| remote.starts_with("http://")),
-            allowed_signers: self.config.allowed_signers.as_deref(),
-            askpass: askpass.as_deref(),
-        };
-        let program = request.argv.first().map(String::as_str).unwrap_or_default();
-        let environment = environment::of(program, &around);
-        let directory = request.cwd.map_or_else(|| fresh.to_owned(), PathBuf::from);
-        Ok(Order { argv: request.argv, directory, environment, input, timeout })
+/// Reads what a client is still sending, and forgets it. One that waits to be told to go on is not.
+async fn hear_out(request: http::Request<Incoming>, most: usize, limit: Duration) {
+    if request.headers().contains_key(header::EXPECT) {
+        return;
     }
-}
-
-/// Files that git asks for user and password, in the request's own directory: nothing of them in an argument or a variable.
-fn askpass(fresh: &Path, credential: &crate::protocol::Credential) -> std::io::Result<PathBuf> {
-    let (username, password) = (fresh.join(".username"), fresh.join(".password"));
-    private(&username, credential.username.as_bytes(), 0o600)?;
-    private(&password, credential.password.as_bytes(), 0o600)?;
-    let quoted = |path: &Path| format!("'{}'", path.display().to_string().replace('\'', "'\\''"));
-    let script = format!(
-        "#!/bin/sh\ncase \"$1\" in Username*) exec cat {} ;; *) exec cat {} ;; esac\n",
-        quoted(&username),
-        quoted(&password)
-    );
-    let path = fresh.join(".askpass");
-    private(&path, script.as_bytes(), 0o700)?;
-    Ok(path)
-}
-
-fn private(path: &Path, bytes: &[u8], mode: u32) -> std::io::Result<()> {
-    use std::io::Write as _;
-    let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(path)?;
-    file.set_permissions(std::fs::Permissions::from_mode(mode))?;
-    file.write_all(bytes)
+    let reading = async {
+        let mut body = request.into_body();
+        let mut read = 0;
+        while let Some(Ok(frame)) = body.frame().await {
+            read += frame.data_ref().map_or(0, Bytes::len);
+            if read > most {
+                break;
+            }
+        }
+    };
+    // Whether it came to its end makes no difference to the answer.
+    let _in_time = tokio::time::timeout(limit, reading).await;
 }
 
 fn internal(error: &std::io::Error) -> No {
     audit::event("exec_error", json!({"error": format!("a request's directory cannot be used: {}", error.kind())}));
     No::new(StatusCode::INTERNAL_SERVER_ERROR, "the request's directory cannot be made; the server's disk may be full")
-}
-
-fn not_started(error: &std::io::Error) -> String {
-    format!("the program cannot be started: {error}")
 }
 
 fn json_answer(status: StatusCode, body: &impl serde::Serialize) -> Response<Body> {

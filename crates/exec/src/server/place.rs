@@ -1,12 +1,16 @@
 //! Where programs run: fresh directories that go when their request does, and clones that stay below their root.
 
+use std::ffi::OsStr;
 use std::fs::Permissions;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
+use serde_json::json;
 use tempfile::TempDir;
+
+use super::audit;
 
 /// No request lasts longer than its longest time-out, so what is older has no owner: the server was killed.
 const STALE: Duration = Duration::from_secs(2 * 3_600);
@@ -27,6 +31,12 @@ impl Places {
     /// When it cannot be made or read.
     pub fn open(parent: PathBuf, now: SystemTime) -> io::Result<Self> {
         make_private(&parent)?;
+        // Below a directory for everybody somebody else may have been first, and could put his own in place of each request's.
+        if std::fs::symlink_metadata(&parent)?.uid() != rustix::process::geteuid().as_raw() {
+            let what = format!("{} belongs to another user", parent.display());
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, what));
+        }
+        std::fs::set_permissions(&parent, Permissions::from_mode(0o700))?;
         sweep(&parent, now, STALE)?;
         Ok(Self { parent })
     }
@@ -35,8 +45,33 @@ impl Places {
     ///
     /// # Errors
     /// When it cannot be made.
-    pub fn fresh(&self) -> io::Result<TempDir> {
-        tempfile::Builder::new().prefix("request-").permissions(Permissions::from_mode(0o700)).tempdir_in(&self.parent)
+    pub fn fresh(&self) -> io::Result<Fresh> {
+        let private = Permissions::from_mode(0o700);
+        let whole = tempfile::Builder::new().prefix("request-").permissions(private).tempdir_in(&self.parent)?;
+        let fresh = Fresh { work: whole.path().join("work"), own: whole.path().join("own"), whole };
+        make_private(&fresh.work)?;
+        make_private(&fresh.own)?;
+        Ok(fresh)
+    }
+}
+
+/// One request's directory, in two parts: what a client may write in must not be taken for the settings of a user's home.
+#[derive(Debug)]
+pub struct Fresh {
+    whole: TempDir,
+    /// Where a program is started, unless the request says otherwise, and where a file of the request lies.
+    pub work: PathBuf,
+    /// Where nothing of the request gets by its name: git's home, what it is told when it asks, and temporary files.
+    pub own: PathBuf,
+}
+
+impl Fresh {
+    /// Removes it, and says why where that fails; what is left is swept later.
+    ///
+    /// # Errors
+    /// When something of it cannot be removed.
+    pub fn close(self) -> io::Result<()> {
+        self.whole.close()
     }
 }
 
@@ -59,7 +94,7 @@ fn sweep(parent: &Path, now: SystemTime, older: Duration) -> io::Result<()> {
             let gone = if is_directory { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
             // It may be going by itself, or belong to somebody else: neither is a reason to stop.
             if let Err(error) = gone {
-                eprintln!("a stale directory could not be removed: {error}");
+                audit::event("exec_error", json!({"error": format!("a stale directory could not be removed: {error}")}));
             }
         }
     }
@@ -102,11 +137,13 @@ pub fn is_inside(root: &Path, path: &Path) -> io::Result<bool> {
     }
 }
 
-/// Settings that the Azure CLI would read from the directory it is started in, or from one above it.
+/// Settings that the Azure CLI would read from the directory it is started in, or from one above it. It looks for a directory
+/// named as its own one, which is `config_dir` or `.azure`.
 #[must_use]
-pub fn azure_settings(root: &Path, cwd: &Path) -> Option<PathBuf> {
+pub fn azure_settings(root: &Path, cwd: &Path, config_dir: Option<&Path>) -> Option<PathBuf> {
+    let name = config_dir.and_then(Path::file_name).unwrap_or(OsStr::new(".azure"));
     cwd.ancestors()
         .take_while(|directory| directory.starts_with(root))
-        .map(|directory| directory.join(".azure"))
+        .map(|directory| directory.join(name))
         .find(|settings| settings.symlink_metadata().is_ok())
 }
