@@ -104,12 +104,19 @@ pub async fn controller(settings: &Settings, env: &Environment) -> anyhow::Resul
         mode: settings.mode,
         on_rollout_failure: settings.on_rollout_failure,
         components: settings.components.keys().cloned().collect(),
+        own_version: own_version(settings),
         secrets,
         recipes: Arc::new(ReleaseRecipes { settings: settings.clone(), source: parts.source }),
     });
     let shared = Arc::new(Shared::default());
     let engine = Arc::new(LocalEngine::new(ports.clone(), setup.clone(), shared.clone()));
     Ok(Controller { ports, setup, shared, engine, tokens: ledger, docker, lock })
+}
+
+fn own_version(settings: &Settings) -> Option<Version> {
+    let version = settings.app_version.as_ref().filter(|_| !settings.platform.runs)?;
+    // Images of development carry other words here, and nothing is compared with them.
+    version.parse().ok()
 }
 
 /// Where releases come from, how they are built, and where images go.

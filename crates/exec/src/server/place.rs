@@ -94,7 +94,10 @@ fn sweep(parent: &Path, now: SystemTime, older: Duration) -> io::Result<()> {
             let gone = if is_directory { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
             // It may be going by itself, or belong to somebody else: neither is a reason to stop.
             if let Err(error) = gone {
-                audit::event("exec_error", json!({"error": format!("a stale directory could not be removed: {error}")}));
+                audit::event(
+                    "exec_error",
+                    json!({"error": format!("a stale directory could not be removed: {error}")}),
+                );
             }
         }
     }

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use replank_core::history::Line;
 use replank_core::ports::{EscapeHatch, LogChunk, Progress, TagRef};
 use replank_core::record::{Actor, Record, TargetKind};
-use replank_core::words::{ComponentName, JobId, Millis};
+use replank_core::words::{ComponentName, JobId, Millis, Version};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
@@ -84,6 +84,8 @@ pub struct Preflight {
 /// What the record does not hold: how far this process's builds are, and what the driver waits for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Default)]
 pub struct Live {
+    /// What runs, where nothing is run from here and only this service's own version is known.
+    pub own_version: Option<Version>,
     /// Grows with every change of the record or of the fields below.
     pub seq: u64,
     pub progress: BTreeMap<ComponentName, Progress>,

@@ -62,14 +62,35 @@ impl Remote {
     }
 }
 
+/// What runs and is compared with: what was deployed here, or, where nothing is run from here, what this service's own image was
+/// built as.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Running<'a> {
+    version: &'a Version,
+    commit: Option<&'a CommitSha>,
+}
+
+impl<'a> Running<'a> {
+    pub(super) fn version(self) -> String {
+        self.version.to_string()
+    }
+
+    pub(super) fn of(record: &'a Record, own: Option<&'a Version>) -> Option<Self> {
+        match &record.running {
+            Some(running) => Some(Self { version: &running.version, commit: Some(&running.commit) }),
+            None => own.map(|version| Self { version, commit: None }),
+        }
+    }
+}
+
 /// Newer than what runs, by base release (contract §1). Everything is newer than nothing.
-pub(super) fn is_newer(version: &Version, record: &Record) -> bool {
-    record.running.as_ref().is_none_or(|running| version.base() > running.version.base())
+pub(super) fn is_newer(version: &Version, running: Option<Running<'_>>) -> bool {
+    running.is_none_or(|running| version.base() > running.version.base())
 }
 
 /// Release tags newer than what runs, newest first, as offered and as refused.
-pub(super) fn offer(refs: &Refs, record: &Record) -> (Vec<TagRef>, Vec<TagRef>) {
-    let newer = refs.tags.iter().filter(|tag| is_newer(&tag.version, record)).cloned();
+pub(super) fn offer(refs: &Refs, running: Option<Running<'_>>) -> (Vec<TagRef>, Vec<TagRef>) {
+    let newer = refs.tags.iter().filter(|tag| is_newer(&tag.version, running)).cloned();
     let (offered, refused): (Vec<_>, Vec<_>) = newer.partition(|tag| tag.refused.is_none());
     (offered.into_iter().take(OFFERED_MAX).collect(), refused.into_iter().take(OFFERED_MAX).collect())
 }
@@ -125,10 +146,11 @@ impl Wanted {
 }
 
 /// The pinned target of a start: only what was offered, and newer (contract §1 for commits).
-pub(super) fn choose(wanted: &Wanted, refs: &Refs, record: &Record) -> Result<Target, Refusal> {
+pub(super) fn choose(wanted: &Wanted, refs: &Refs, record: &Record, own: Option<&Version>) -> Result<Target, Refusal> {
+    let running = Running::of(record, own);
     match wanted {
         Wanted::Newest => {
-            let (offered, _) = offer(refs, record);
+            let (offered, _) = offer(refs, running);
             let tag =
                 offered.first().ok_or_else(|| Refusal::Conflict("there is no newer release to start".to_owned()))?;
             Ok(release(tag))
@@ -152,8 +174,8 @@ pub(super) fn choose(wanted: &Wanted, refs: &Refs, record: &Record) -> Result<Ta
                     tag.commit
                 )));
             }
-            if !is_newer(version, record) {
-                let running = record.running.as_ref().map(|r| r.version.to_string()).unwrap_or_default();
+            if !is_newer(version, running) {
+                let running = running.map(|running| running.version.to_string()).unwrap_or_default();
                 return Err(Refusal::Conflict(format!(
                     "{version} is not newer than what runs ({running}); to go back, use rollback"
                 )));
@@ -164,12 +186,12 @@ pub(super) fn choose(wanted: &Wanted, refs: &Refs, record: &Record) -> Result<Ta
             if !record.track_commits {
                 return Err(Refusal::Conflict("commits are not followed: switch track_commits on first".to_owned()));
             }
-            let running = record.running.as_ref().ok_or_else(|| {
+            let running = running.ok_or_else(|| {
                 Refusal::Conflict(
                     "a commit target needs a running release to count from; start a release first".to_owned(),
                 )
             })?;
-            if running.commit == *sha {
+            if running.commit == Some(sha) {
                 return Err(Refusal::Conflict(format!("commit {} is what runs already", sha.short())));
             }
             let known = record.latest.branch_head.as_ref() == Some(sha);

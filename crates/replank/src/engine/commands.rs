@@ -12,7 +12,7 @@ use replank_core::words::{ComponentName, IdempotencyKey, JobId, Nonce};
 use tokio::sync::watch;
 
 use super::api::{Candidates, Engine, Live, LogRead, Preflight, PreflightImage, Refusal, StartRequest};
-use super::candidates::{FRESH_MS, Remote, Wanted, choose, offer, wanted};
+use super::candidates::{FRESH_MS, Remote, Running, Wanted, choose, offer, wanted};
 use super::reconcile::describe;
 use super::setup::{Ports, Setup, Shared};
 
@@ -39,6 +39,7 @@ pub struct LocalEngine {
 
 impl LocalEngine {
     pub fn new(ports: Ports, setup: Arc<Setup>, shared: Arc<Shared>) -> Self {
+        shared.publish(|live| live.own_version.clone_from(&setup.own_version));
         let remote = ports.source.clone().map(|source| Remote::new(source, ports.ledger.clone(), ports.clock.clone()));
         Self { ports, setup, shared, remote }
     }
@@ -156,7 +157,9 @@ impl Engine for LocalEngine {
 
     async fn candidates(&self) -> Result<Candidates, Refusal> {
         let record = self.record().await?;
-        let running_version = record.running.as_ref().map(|r| r.version.to_string()).unwrap_or_default();
+        let own = self.setup.own_version.as_ref();
+        let running = Running::of(&record, own);
+        let running_version = running.map(Running::version).unwrap_or_default();
         let Some(remote) = &self.remote else {
             return Ok(Candidates {
                 configured: false,
@@ -169,7 +172,7 @@ impl Engine for LocalEngine {
         };
         let (candidates, refused, error) = match remote.refs(FRESH_MS).await {
             Ok(refs) => {
-                let (offered, refused) = offer(&refs, &record);
+                let (offered, refused) = offer(&refs, running);
                 (offered, refused, None)
             }
             Err(fault) => (vec![], vec![], Some(fault.told().sentence())),
@@ -189,7 +192,7 @@ impl Engine for LocalEngine {
         }
         let refs = remote.refs(0).await.map_err(|fault| Refusal::Unavailable(fault.told().sentence()))?;
         self.commit(|record| {
-            let (offered, _) = offer(&refs, record);
+            let (offered, _) = offer(&refs, Running::of(record, self.setup.own_version.as_ref()));
             let release = offered.first().map(|tag| (tag.version.clone(), tag.commit.clone()));
             let branch_head = refs.branch.as_ref().map(|(_, head)| head.clone());
             let latest = Latest { release, branch_head, checked_at: Some(self.ports.clock.now()) };
@@ -228,10 +231,11 @@ impl Engine for LocalEngine {
         }
         let remote = self.remote()?;
         let refs = |age| async move { remote.refs(age).await.map_err(|f| Refusal::Unavailable(f.told().sentence())) };
-        let target = match choose(&wanted, &refs(START_REFS_MS).await?, &record) {
+        let own = self.setup.own_version.as_ref();
+        let target = match choose(&wanted, &refs(START_REFS_MS).await?, &record, own) {
             Ok(target) => target,
             // What was just published may not be in the last look yet.
-            Err(_) => choose(&wanted, &refs(MISSED_REFS_MS).await?, &record)?,
+            Err(_) => choose(&wanted, &refs(MISSED_REFS_MS).await?, &record, own)?,
         };
         let job = self.new_job(actor, &request, target)?;
         let override_quarantine = request.override_quarantine;

@@ -51,6 +51,9 @@ pub struct Setup {
     pub mode: Mode,
     pub on_rollout_failure: OnRolloutFailure,
     pub components: Vec<ComponentName>,
+    /// What this service's own image was built as, where nothing is run from here: what runs is then somebody else's affair,
+    /// and this is the best that is known of it.
+    pub own_version: Option<Version>,
     /// Values that must never show, for the masks of logs and errors.
     pub secrets: Vec<String>,
     pub recipes: Arc<dyn Recipes>,

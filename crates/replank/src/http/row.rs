@@ -137,7 +137,7 @@ impl Row {
             _ => None,
         };
         Self {
-            running_version: text(record.running.as_ref().map(|d| &d.version)),
+            running_version: text(record.running.as_ref().map(|d| &d.version).or(live.own_version.as_ref())),
             running_sha: text(record.running.as_ref().map(|d| &d.commit)),
             running_revision: text(record.running.as_ref().map(|d| &d.revision)),
             latest_version: text(record.latest.release.as_ref().map(|(version, _)| version)),

@@ -8,10 +8,12 @@ use crate::rig::{COMPONENTS, EXEC_TOKEN, Options, Rig, said};
 use replank_testbed::installed::free_port;
 use serde_json::Value;
 
-const PASSWORD: &str = "hunter2-remote-credential-2f9c";
+/// One for each test: they run side by side, and look at all processes of this machine.
+const APART: &str = "hunter2-remote-credential-2f9c";
+const IN_ADDRESS: &str = "hunter3-remote-credential-8d1e";
 
-fn with_password() -> Options {
-    Options { sign_in: Some(("robot".to_owned(), PASSWORD.to_owned())), ..Options::default() }
+fn with_password(password: &str) -> Options {
+    Options { sign_in: Some(("robot".to_owned(), password.to_owned())), ..Options::default() }
 }
 
 /// Everything that a person, a file or a process could show, once the job has ended.
@@ -46,8 +48,8 @@ fn collect(dir: &Path, into: &mut Vec<(String, Vec<u8>)>) {
 }
 
 #[track_caller]
-fn show_nothing(seen: &[(String, Vec<u8>)]) {
-    for secret in [PASSWORD, EXEC_TOKEN] {
+fn show_nothing(seen: &[(String, Vec<u8>)], password: &str) {
+    for secret in [password, EXEC_TOKEN] {
         for (name, bytes) in seen {
             let found = bytes.windows(secret.len()).position(|w| w == secret.as_bytes());
             if let Some(at) = found {
@@ -60,30 +62,30 @@ fn show_nothing(seen: &[(String, Vec<u8>)]) {
 
 #[test]
 fn a_credential_goes_beside_the_address() {
-    let rig = Rig::start(with_password());
+    let rig = Rig::start(with_password(APART));
     let row = rig.succeeds(&["1.0.0"]);
     assert_eq!(row["git_remote"], rig.git.url("app"), "shown without its user");
     let mut seen = looked_into(&rig, &row);
     for call in rig.az.calls().unwrap() {
         seen.push(("the processes while az ran".to_owned(), call.processes.into_bytes()));
     }
-    show_nothing(&seen);
+    show_nothing(&seen, APART);
 }
 
 /// A server from before credentials could be given apart: refused unless the operator allows it, and then nothing is kept.
 #[test]
 fn an_older_server_gets_it_in_the_address_only_where_that_is_allowed() {
     let port = free_port().unwrap();
-    let mut rig = Rig::prepare(Options { upstream: Some(port), ..with_password() });
+    let mut rig = Rig::prepare(Options { upstream: Some(port), ..with_password(IN_ADDRESS) });
     rig.start_exec();
     older_server(port, rig.exec_port);
     rig.serve();
     let row = rig.fails(&["1.0.0"], &["too old to be given the remote's credential apart", "EXEC_CREDENTIAL_IN_URL"]);
-    show_nothing(&[("row".to_owned(), row.to_string().into_bytes())]);
+    show_nothing(&[("row".to_owned(), row.to_string().into_bytes())], IN_ADDRESS);
 
     let port = free_port().unwrap();
     let env = vec![("EXEC_CREDENTIAL_IN_URL", "true".to_owned())];
-    let mut rig = Rig::prepare(Options { upstream: Some(port), env, ..with_password() });
+    let mut rig = Rig::prepare(Options { upstream: Some(port), env, ..with_password(IN_ADDRESS) });
     rig.start_exec();
     older_server(port, rig.exec_port);
     rig.serve();
@@ -93,7 +95,7 @@ fn an_older_server_gets_it_in_the_address_only_where_that_is_allowed() {
         // The clone is over by then.
         seen.push(("the processes while az ran".to_owned(), call.processes.into_bytes()));
     }
-    show_nothing(&seen);
+    show_nothing(&seen, IN_ADDRESS);
 }
 
 /// Stands before a server of today and takes away what an older one does not have: the feature it names, and the field that it

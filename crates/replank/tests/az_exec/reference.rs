@@ -5,7 +5,10 @@ use crate::rig::{ACR, COMPONENTS, EXEC_TOKEN, Options, Rig, release, said};
 #[test]
 fn the_reference_application_builds_from_its_environment_alone() {
     let mut rig = Rig::start(Options {
-        env: vec![("AZURE_CLIENT_ID", "11111111-2222-3333-4444-555555555555".to_owned())],
+        env: vec![
+            ("AZURE_CLIENT_ID", "11111111-2222-3333-4444-555555555555".to_owned()),
+            ("APP_VERSION", "0.9.0".to_owned()),
+        ],
         ..Options::default()
     });
     let row = rig.succeeds(&["1.0.0"]);
@@ -51,8 +54,9 @@ fn the_reference_application_builds_from_its_environment_alone() {
         assert_eq!(second, format!("az {}", words.join(" ")), "the exact command comes first: {log}");
         assert!(log.contains("Step 1/") && log.contains("Waiting for an agent"), "{log}");
     }
-    // Nothing was run, so nothing is said to run.
-    assert_eq!((row["running_version"].as_str(), row["build_only"].as_bool()), (Some(""), Some(true)), "{row}");
+    // Nothing was run: what runs is what it was, and where it came from is not known.
+    assert_eq!((row["running_version"].as_str(), row["build_only"].as_bool()), (Some("0.9.0"), Some(true)), "{row}");
+    assert_eq!((row["running_sha"].as_str(), row["rollback_target"].as_object().map(|m| m.len())), (Some(""), Some(0)));
     assert_eq!(row["phase_progress"], 100, "{row}");
 
     // The same again takes what is there.
@@ -65,6 +69,7 @@ fn the_reference_application_builds_from_its_environment_alone() {
     }
 
     // A commit of the branch: shallow, detached, and the frontend is told which.
+    let old = rig.publish("0.8.0", &release("0.8.0"));
     let commit = rig.publish("1.1.0", &release("1.1.0"));
     let next = rig.repo.commit(&release("1.1.0-next"), "next").unwrap();
     assert!(rig.cli(&["check"]).status.code().is_some());
@@ -72,8 +77,10 @@ fn the_reference_application_builds_from_its_environment_alone() {
         let out = rig.cli(&["check"]);
         out.status.success() && rig.status()["latest_commit_sha"] == next.as_str()
     });
+    let out = rig.cli(&["start", "0.8.0", "--yes", "--no-wait"]);
+    assert!(said(&out).contains("0.8.0 is not newer than what runs (0.9.0)"), "{} {old}", said(&out));
     let row = rig.succeeds(&["--commit", &next]);
-    assert!(row["target_version"].as_str().unwrap().contains("-commit."), "{row}");
+    assert!(row["target_version"].as_str().unwrap().starts_with("0.9.0-commit."), "{row}");
     let builds = rig.az.builds().unwrap();
     let frontend = &builds[4].arguments;
     let short = row["target_version"].as_str().unwrap().rsplit_once('.').unwrap().1.to_owned();
