@@ -12,7 +12,8 @@ use crate::Engine;
 /// `az acr build` as an engine does it: the classic builder prints steps as the registry's own service does.
 ///
 /// `mode` beside the records says what goes otherwise, for one repository or for all: `lie` ends well without a build, `fail`
-/// ends badly, `detach` builds in a process that outlives it, and waits until it is killed.
+/// ends badly, `together` waits until a sign-in and three builds were begun, `detach` builds in a process that outlives it, and
+/// waits until it is killed.
 const SCRIPT: &str = r#"#!/bin/sh
 here=$AZ_DOUBLE
 call=$(mktemp -d "$here/calls/$(date +%s%N).XXXXXX")
@@ -55,6 +56,7 @@ mode=$(cat "$here/mode-$name" 2>/dev/null || cat "$here/mode" 2>/dev/null || ech
 case $mode in
     lie) echo "Run ID: cf1 was successful after 1s"; exit 0 ;;
     fail) echo "Step 1/2 : FROM scratch"; echo "2026/01/01 00:00:00 the step failed: password=hunter2-in-a-log" >&2; exit 1 ;;
+    together) while [ "$(ls "$here/calls" | wc -l)" -lt 4 ]; do sleep 0.05; done ;;
     detach)
         cp -r . "$call/tree"
         echo "$$" > "$call/pid"

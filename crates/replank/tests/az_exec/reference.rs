@@ -110,3 +110,26 @@ fn what_the_environment_lacks_is_named() {
     let out = rig.cli(&["deploy"]);
     assert!(!out.status.success() && said(&out).contains("runs nothing"), "{}", said(&out));
 }
+
+/// Side by side, each of the three waits for the two others.
+#[test]
+fn builds_run_side_by_side_where_that_is_wanted() {
+    let mut rig = Rig::prepare(Options::default());
+    let component = |name: &str, dockerfile: &str| {
+        format!("[components.{name}]\nrepository = \"elb-{name}\"\ndockerfile = \"{dockerfile}\"\n")
+    };
+    let config = format!(
+        "application = \"plane\"\n[build]\nbuilder = \"az-exec\"\nparallel = 3\n{}{}{}",
+        component("api", "api/Dockerfile"),
+        component("second", "api/Dockerfile"),
+        component("web", "web/Dockerfile")
+    );
+    std::fs::write(rig.home.join("replank.toml"), config).unwrap();
+    rig.az.set_mode("", "together").unwrap();
+    rig.start_exec();
+    rig.serve();
+    rig.succeeds(&["1.0.0"]);
+    let calls = rig.az.calls().unwrap();
+    assert_eq!(calls.iter().filter(|call| call.arguments[0] == "login").count(), 1, "one sign-in for all");
+    assert_eq!(calls.len(), 4);
+}

@@ -2,6 +2,7 @@
 //! from, loses nothing, and what runs goes on serving.
 #![allow(clippy::unwrap_used)]
 
+mod build_only;
 mod builds;
 mod clean_up;
 mod config;

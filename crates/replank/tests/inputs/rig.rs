@@ -204,6 +204,15 @@ impl Rig {
         commit
     }
 
+    /// Waits until a look at the remote shows a release: one is shared for some seconds.
+    pub fn until_offered(&self, version: &str) {
+        let end = Instant::now() + Duration::from_secs(30);
+        while !self.get("/api/upgrade/candidates").1.contains(&format!("v{version}")) {
+            assert!(Instant::now() < end, "{version} is never offered: {}", self.told());
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
     /// A start that is accepted; the row.
     pub fn begin(&self, version: &str) -> Value {
         // A look at the remote is shared for two seconds, and the tag may be younger.
