@@ -1,128 +1,15 @@
 //! The server over real sockets with real programs: who may ask, how much, and what is answered.
 #![allow(clippy::unwrap_used)]
 
-use std::collections::BTreeMap;
+mod support;
+
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::time::Duration;
 
-use replank_exec::protocol::{CUT_MARK, Event, Outcome, Stream, Summary};
-use replank_exec::server::config::Config;
-use replank_exec::server::http::Server;
-use replank_exec::server::place::{Places, make_private};
+use replank_exec::protocol::{CUT_MARK, Stream};
 use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{TcpListener, TcpStream};
-
-const TOKEN: &str = "0123456789abcdef";
-
-/// A server of its own for each test, ended with it. Its `az` and `kubectl` are scripts.
-struct Rig {
-    address: std::net::SocketAddr,
-    place: tempfile::TempDir,
-    task: tokio::task::JoinHandle<()>,
-}
-
-impl Drop for Rig {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
-impl Rig {
-    async fn start(variables: &[(&str, &str)]) -> Self {
-        let place = tempfile::tempdir().unwrap();
-        let bin = place.path().join("bin");
-        std::fs::create_dir(&bin).unwrap();
-        for name in ["kubectl", "az"] {
-            // Runs its second argument as a script: what the allowlist says of kubectl.
-            let script = "#!/bin/sh\nshift\nexec sh -c \"$@\"\n";
-            std::fs::write(bin.join(name), script).unwrap();
-            std::fs::set_permissions(bin.join(name), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-        }
-        let root = place.path().join("clones");
-        let root_text = root.display().to_string();
-        let mut all = vec![("EXEC_TOKEN", TOKEN), ("EXEC_PORT", "0"), ("EXEC_CLONE_ROOT", root_text.as_str())];
-        all.extend(variables);
-        let get = |name: &str| all.iter().rev().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned());
-        let config = Config::read(get).unwrap();
-        make_private(&root).unwrap();
-        let now = std::fs::metadata(place.path()).unwrap().modified().unwrap();
-        let places = Places::open(place.path().join("requests"), now).unwrap();
-        let path = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap());
-        let own = BTreeMap::from([("PATH".into(), path.into()), ("EXEC_TOKEN".into(), TOKEN.into())]);
-        let listener = TcpListener::bind(config.listen).await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let server = Arc::new(Server::new(config, places, own));
-        let task = tokio::spawn(server.serve(listener, std::future::pending()));
-        Self { address, place, task }
-    }
-
-    fn requests(&self) -> Vec<PathBuf> {
-        std::fs::read_dir(self.place.path().join("requests")).unwrap().map(|entry| entry.unwrap().path()).collect()
-    }
-
-    async fn send(&self, head: &str, body: &str) -> TcpStream {
-        let mut stream = TcpStream::connect(self.address).await.unwrap();
-        let text = format!("{head}\r\nHost: x\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}", body.len());
-        stream.write_all(text.as_bytes()).await.unwrap();
-        stream
-    }
-
-    /// Status, head and body of one request.
-    async fn ask(&self, head: &str, body: &str) -> (u16, String, String) {
-        let mut answer = Vec::new();
-        self.send(head, body).await.read_to_end(&mut answer).await.unwrap();
-        let text = String::from_utf8(answer).unwrap();
-        let (head, rest) = text.split_once("\r\n\r\n").unwrap();
-        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
-        let head = head.to_ascii_lowercase();
-        let body = if head.contains("transfer-encoding: chunked") { unchunk(rest) } else { rest.to_owned() };
-        (status, head, body)
-    }
-
-    async fn post(&self, path: &str, request: &Value) -> (u16, String, String) {
-        self.ask(&format!("POST {path} HTTP/1.1\r\nX-Exec-Token: {TOKEN}"), &request.to_string()).await
-    }
-
-    async fn exec(&self, request: Value) -> Outcome {
-        let (status, _, body) = self.post("/exec", &request).await;
-        assert_eq!(status, 200, "{body}");
-        serde_json::from_str(&body).unwrap()
-    }
-
-    async fn stream(&self, request: Value) -> (Vec<(Stream, String)>, Summary) {
-        let (status, head, body) = self.post("/exec/stream", &request).await;
-        assert!(status == 200 && head.contains("content-type: application/x-ndjson"), "{head}\n{body}");
-        let mut lines = Vec::new();
-        let mut summary = None;
-        for line in body.lines() {
-            assert!(summary.is_none(), "something comes after the summary: {line}");
-            match serde_json::from_str(line).unwrap() {
-                Event::Line { stream, line } => lines.push((stream, line)),
-                Event::Summary(last) => summary = Some(last),
-            }
-        }
-        (lines, summary.expect("a summary"))
-    }
-}
-
-fn unchunk(mut text: &str) -> String {
-    let mut whole = String::new();
-    while let Some((size, rest)) = text.split_once("\r\n") {
-        let size = usize::from_str_radix(size, 16).unwrap();
-        if size == 0 {
-            break;
-        }
-        whole.push_str(&rest[..size]);
-        text = &rest[size + 2..];
-    }
-    whole
-}
-
-fn run(script: &str) -> Value {
-    json!({"argv": ["kubectl", "run", script]})
-}
+use support::{Rig, TOKEN, run, until};
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::TcpStream;
 
 #[tokio::test]
 async fn health_needs_no_token_and_everything_else_does() {
@@ -292,14 +179,4 @@ async fn starts_are_counted_for_each_program_where_that_is_wanted() {
         assert_eq!(head.contains("\r\nretry-after: "), expect == 429, "{head}");
     }
     assert_eq!(rig.post("/exec", &json!({"argv": ["azcopy"]})).await.0, 200);
-}
-
-async fn until(is: impl Fn() -> bool) {
-    for _ in 0..1_000 {
-        if is() {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    panic!("not within 10 s");
 }

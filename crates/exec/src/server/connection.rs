@@ -15,7 +15,7 @@ use tokio::time::{Instant, Sleep, sleep};
 
 /// A client that takes nothing for so long is given up, or else a few of them would take every connection there is. While its
 /// program runs, only the program's own time counts.
-const STALL_LIMIT: Duration = Duration::from_secs(30);
+const STALL_LIMIT: Duration = Duration::from_secs(20);
 
 /// What a request knows of the connection that it came by.
 #[derive(Debug, Clone)]
