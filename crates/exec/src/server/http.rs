@@ -315,6 +315,9 @@ impl Server {
     fn look(&self, request: &Request, allowed: &Allowed) -> Result<(), String> {
         let rules = &self.config.rules;
         let unreadable = |_| "the clone cannot be read".to_owned();
+        if allowed.context.as_ref().is_some_and(|context| !context.is_dir()) {
+            return Err("the build's context is no directory of the clone".to_owned());
+        }
         for path in &allowed.inside {
             if !place::is_inside(&rules.clone_root, path).unwrap_or(false) {
                 return Err("a link leads out of the clone root".to_owned());
@@ -324,9 +327,6 @@ impl Server {
             if let Some(strange) = clone::strange(directory, rules.remote.as_deref()).map_err(unreadable)? {
                 return Err(strange.to_string());
             }
-        }
-        if allowed.context.as_ref().is_some_and(|context| !context.is_dir()) {
-            return Err("the build's context is no directory of the clone".to_owned());
         }
         let is_az = request.argv.first().is_some_and(|name| name == "az");
         let cwd = request.cwd.as_deref().map(Path::new).filter(|_| is_az);
