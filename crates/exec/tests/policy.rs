@@ -28,6 +28,11 @@ fn request(line: &str) -> Request {
             .replace("SHA", &"a1".repeat(20))
             .replace("DIGEST", &"c3".repeat(32))
             .replace("<_>", " ")
+            .replace("<nl>", "\n")
+            .replace("<cr>", "\r")
+            .replace("<tab>", "\t")
+            .replace("<esc>", "\u{1b}")
+            .replace("<long>", &"x".repeat(5_000))
             .replace("<>", "")
     };
     Request { argv: argv.split(' ').map(whole).collect(), cwd: (cwd != "-").then(|| whole(cwd)), ..Request::default() }
@@ -85,6 +90,9 @@ fn nothing_is_bound_to_what_is_not_set() {
             .inspect(|denied| assert!(denied.to_string().contains(name), "{name}: {denied}"))
             .collect();
         assert!(!denied.is_empty(), "{name} binds nothing");
+        let talks = |line: &str| judge(&rules, &request(line)).is_ok_and(|allowed| allowed.talks);
+        let talking = lines().into_iter().filter(|(_, line)| talks(line)).count();
+        assert_eq!(talking == 0, name == "UPGRADE_GIT_REMOTE", "{talking} requests reach some remote");
     }
 }
 
@@ -94,6 +102,19 @@ fn a_program_that_the_operator_left_out_is_refused() {
     rules.programs.remove("kubectl");
     assert_eq!(judge(&rules, &request("- | kubectl get pods")), Err(Denied::Program));
     assert!(judge(&rules, &request("- | azcopy list")).is_ok());
+}
+
+/// A file in the request's directory would be taken for settings.
+#[test]
+fn git_and_az_take_no_file() {
+    for line in ["- | git ls-remote REMOTE", "- | az login --identity", "- | elb x", "- | kubectl apply -f x"] {
+        let mut request = request(line);
+        request.stdin = Some(String::new());
+        assert!(judge(&rules(), &request).is_ok(), "{line}: input alone is harmless");
+        request.stdin_file = Some("x".to_owned());
+        let is_bound = line.contains("git") || line.contains("az ");
+        assert_eq!(judge(&rules(), &request).is_err(), is_bound, "{line}");
+    }
 }
 
 /// Paths that only the file system can judge are handed on, as absolute ones.
