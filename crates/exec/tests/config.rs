@@ -80,3 +80,90 @@ fn what_cannot_be_used_keeps_it_from_starting() {
         check(&[("EXEC_CLONE_ROOT", path)], root);
     }
 }
+
+/// The URL rule, and the two settings that open it: what can be known without asking anybody is known at the start.
+#[test]
+fn a_remote_that_may_not_be_one_keeps_it_from_starting() {
+    const CLOSED: &[(&str, &str)] = &[];
+    const PRIVATE: &[(&str, &str)] = &[("EXEC_ALLOW_PRIVATE_REMOTE", "true")];
+    const LOOPBACK: &[(&str, &str)] = &[("EXEC_ALLOW_LOOPBACK_REMOTE", "true")];
+    #[track_caller]
+    fn check(settings: &[(&str, &str)], remote: &str, expect: Result<(), &str>) {
+        let mut all = vec![TOKEN, ("UPGRADE_GIT_REMOTE", remote)];
+        all.extend(settings);
+        let found = read(&all).map(|_| ());
+        match (&found, expect) {
+            (Ok(()), Ok(())) => {}
+            (Err(found), Err(part)) if found.starts_with("UPGRADE_GIT_REMOTE ") && found.contains(part) => {}
+            _ => panic!("{remote} with {settings:?}: {found:?}"),
+        }
+        assert!(!format!("{found:?}").contains("hunter2"), "the password shows: {found:?}");
+    }
+    for remote in [
+        "https://git.example.com/acme/app.git",
+        "https://user:hunter2@git.example.com:8443/acme/app.git",
+        "https://140.82.121.4/app.git",
+        "https://[2606:50c0:8000::154]/app.git",
+        "https://[2606:50c0:8000::154]:8443/app.git",
+        "https://1.example.com/app.git",
+    ] {
+        check(CLOSED, remote, Ok(()));
+    }
+    for (remote, why) in [
+        ("http://user:hunter2@git.example.com/app.git", "EXEC_ALLOW_LOOPBACK_REMOTE=true"),
+        ("ssh://git.example.com/app.git", "must be https://HOST/PATH.git"),
+        ("git@git.example.com:app.git", "must be https://HOST/PATH.git"),
+        ("file:///srv/app.git", "must be https://HOST/PATH.git"),
+        ("ext::sh -c id", "must be https://HOST/PATH.git"),
+        ("https://git.example.com", "must be https://HOST/PATH.git"),
+        ("https://git.example.com:x/app.git", "must be https://HOST/PATH.git"),
+        ("https://git.example.com:99999/app.git", "must be https://HOST/PATH.git"),
+        ("https://git.example.com/app", "must end in .git"),
+        ("https://git.example.com/.git", "must end in .git"),
+        ("https://git.example.com/app.git?x=.git", "must end in .git"),
+        ("https://git.example.com/app.git#.git", "must end in .git"),
+        ("https://git.example.com./app.git", "must name its host by a name"),
+        ("https://-x.example.com/app.git", "must name its host by a name"),
+        ("https://127.1/app.git", "must name its host by a name"),
+        ("https://0x7f000001/app.git", "must name its host by a name"),
+        ("https://2130706433/app.git", "must name its host by a name"),
+        ("https://0177.0.0.1/app.git", "must name its host by a name"),
+        ("https://%31%32%37.0.0.1/app.git", "must name its host by a name"),
+        ("https://::1/app.git", "must"),
+        ("https://[127.0.0.1]/app.git", "must name its host by a name"),
+        ("https://[fe80::1%25eth0]/app.git", "must name its host by a name"),
+        ("https://127.0.0.1/app.git", "this machine itself"),
+        ("https://u:hunter2@[::ffff:127.0.0.1]/app.git", "this machine itself"),
+        ("https://localhost/app.git", "this machine itself"),
+        ("https://x.LocalHost/app.git", "this machine itself"),
+        ("https://10.0.0.1/app.git", "EXEC_ALLOW_PRIVATE_REMOTE=true"),
+        ("https://[fd12::1]/app.git", "a private address"),
+        ("https://0.0.0.0/app.git", "an unspecified address"),
+    ] {
+        check(CLOSED, remote, Err(why));
+    }
+    for remote in [
+        "https://169.254.169.254/app.git",
+        "https://[fd00:ec2::254]/app.git",
+        "https://168.63.129.16/app.git",
+        "https://metadata.google.internal/app.git",
+    ] {
+        for settings in [CLOSED, PRIVATE, LOOPBACK] {
+            check(settings, remote, Err("metadata service"));
+        }
+    }
+    check(PRIVATE, "https://10.0.0.1/app.git", Ok(()));
+    check(PRIVATE, "http://10.0.0.1/app.git", Err("must begin with https://"));
+    check(PRIVATE, "https://127.0.0.1/app.git", Err("this machine itself"));
+    for remote in
+        ["http://127.0.0.1:3000/a.git", "http://localhost/a.git", "http://10.0.0.1/a.git", "https://[::1]/a.git"]
+    {
+        check(LOOPBACK, remote, Ok(()));
+    }
+    check(LOOPBACK, "http://140.82.121.4/app.git", Err("http shows everything"));
+    check(&[("EXEC_ALLOW_LOOPBACK_REMOTE", "false")], "http://127.0.0.1/a.git", Err("must begin with https://"));
+    // A deployed server may have it, too: simulators need it. That it has is told at its start.
+    check(&[LOOPBACK[0], ("CONTAINER_APP_NAME", "app")], "http://127.0.0.1/a.git", Ok(()));
+    let wrong = read(&[TOKEN, ("EXEC_ALLOW_PRIVATE_REMOTE", "yes")]).unwrap_err();
+    assert_eq!(wrong, "EXEC_ALLOW_PRIVATE_REMOTE must be true or false");
+}
