@@ -44,6 +44,8 @@ const BODY_LIMIT: Duration = Duration::from_secs(30);
 const REFUSED_MAX: usize = 64 * 1024 * 1024;
 const STRANGER_MAX: usize = 1024 * 1024;
 const STRANGER_LIMIT: Duration = Duration::from_secs(2);
+/// Longest name of a program that the audit trail repeats.
+const NAME_MAX: usize = 32;
 /// Connections at the same time: programs have their own, smaller limit.
 const CONNECTIONS_MAX: usize = 64;
 /// Pieces of output that wait for a slow client: beyond them the program waits.
@@ -235,8 +237,10 @@ impl Server {
         })?;
         request.check().map_err(|why| malformed(why.to_string()))?;
         let name = request.argv.first().cloned().unwrap_or_default();
+        // What is no program's name is not told: it may be anything.
+        let told = Some(&name).filter(|name| name.len() <= NAME_MAX && name.bytes().all(|b| b.is_ascii_graphic()));
         let refused = |why: &str| {
-            audit::event("exec_error", json!({"program": name, "error": why}));
+            audit::event("exec_error", json!({"program": told, "error": why}));
             No::new(StatusCode::FORBIDDEN, why)
         };
         policy::program(&self.config.rules, &request).map_err(|denied| refused(&denied.to_string()))?;
