@@ -1,5 +1,7 @@
 //! Cuts what a program prints into lines and writes them as events, many at a time.
 
+use std::borrow::Cow;
+
 use crate::protocol::{CUT_MARK, Stream};
 
 /// One of a program's two outputs on its way to the client.
@@ -67,7 +69,8 @@ impl Cutter {
     }
 
     fn write(&self, line: &[u8], out: &mut Vec<u8>) {
-        let text = String::from_utf8_lossy(line);
+        // To see that a line is text is much faster than to repair it, and most lines are.
+        let text = std::str::from_utf8(line).map_or_else(|_| String::from_utf8_lossy(line), Cow::Borrowed);
         out.extend_from_slice(self.head);
         // Writing to memory cannot fail, and a text is always JSON.
         if serde_json::to_writer(&mut *out, &text).is_err() {
