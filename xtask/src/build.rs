@@ -1,6 +1,6 @@
 //! Cargo as the product is built: static programs, which run in images made from scratch.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
@@ -49,6 +49,17 @@ impl Build {
             bail!("replank does not build");
         }
         Ok(self.program(profile))
+    }
+
+    /// The program that was named, else one that is built now.
+    ///
+    /// # Errors
+    /// When there is none by that name, or it does not compile.
+    pub(crate) fn replank_or(given: Option<&Path>, profile: Profile) -> Result<PathBuf> {
+        match given {
+            Some(path) => path.canonicalize().with_context(|| path.display().to_string()),
+            None => Self::new()?.replank(profile),
+        }
     }
 
     /// Where the one binary is once it was built.

@@ -42,13 +42,10 @@ pub struct Options {
 }
 
 pub fn run(options: &Options) -> Result<ExitCode> {
-    let replank = match &options.replank {
-        Some(path) => path.clone(),
-        None => {
-            say("building replank (static, optimised)");
-            Build::new()?.replank(Profile::Release)?
-        }
-    };
+    if options.replank.is_none() {
+        say("building replank (static, optimised)");
+    }
+    let replank = Build::replank_or(options.replank.as_deref(), Profile::Release)?;
     let world = World::start(replank, options.units)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {

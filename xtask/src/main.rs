@@ -5,6 +5,7 @@ mod build;
 mod demo;
 mod test;
 mod tidy;
+mod tied;
 mod world;
 
 use std::process::ExitCode;

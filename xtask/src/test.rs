@@ -7,6 +7,7 @@ use replank_testbed::{process, sample, setup};
 
 use crate::build::Build;
 use crate::tidy;
+use crate::tied::tied;
 use crate::world::World;
 
 #[derive(Debug, clap::Args)]
@@ -65,23 +66,6 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let status = runner.status().context("cannot start the test runner")?;
     drop(world);
     Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
-}
-
-/// The same command, ended with us when we are killed: tests must not go on against parts that are gone. This is the main
-/// thread, which lives as long as the process.
-fn tied(command: &Command) -> Command {
-    let mut tied = Command::new("setpriv");
-    tied.args(["--pdeathsig", "TERM"]).arg(command.get_program()).args(command.get_args());
-    if let Some(directory) = command.get_current_dir() {
-        tied.current_dir(directory);
-    }
-    for (name, value) in command.get_envs() {
-        match value {
-            Some(value) => tied.env(name, value),
-            None => tied.env_remove(name),
-        };
-    }
-    tied
 }
 
 fn build_free(words: &[&str]) -> Command {

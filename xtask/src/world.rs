@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use replank_testbed::leftovers::Leftovers;
 use replank_testbed::remains::Scratch;
 use replank_testbed::{
@@ -13,7 +13,7 @@ use replank_testbed::{
     sample, setup,
 };
 
-use crate::build::Build;
+use crate::build::{Build, Profile};
 
 /// The highest record format that the built program reads; the image's label says so.
 const READS_FORMAT: u32 = 1;
@@ -85,10 +85,7 @@ impl World {
 
 /// `cargo xtask engine`.
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let replank = match &options.replank {
-        Some(path) => path.canonicalize().with_context(|| path.display().to_string())?,
-        None => Build::new()?.replank(crate::build::Profile::Dev)?,
-    };
+    let replank = Build::replank_or(options.replank.as_deref(), Profile::Dev)?;
     let begin = Instant::now();
     let world = World::start(replank, options.units)?;
     eprintln!("everything stands after {:.1} s\n", begin.elapsed().as_secs_f64());

@@ -1,6 +1,6 @@
-//! `cargo xtask bench NAME`: ours, the baseline, and their ratio, from one run on one machine.
+//! `pipeline`: a whole upgrade of the sample application, against the same done with the plain tools.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
@@ -9,7 +9,7 @@ use replank_testbed::installed::{InstallOptions, Installed, client, free_port, h
 use replank_testbed::{process, sample};
 use serde_json::json;
 
-use crate::build::{Build, Profile};
+use super::{Options, median, round};
 use crate::world::World;
 
 /// Interleaved pairs of one run; odd, so that a median is one of them.
@@ -18,29 +18,9 @@ const PAIRS: usize = 5;
 const ASK_EVERY: Duration = Duration::from_millis(100);
 const LIMIT: Duration = Duration::from_secs(600);
 
-#[derive(Debug, clap::Args)]
-pub struct Options {
-    /// What to measure: `pipeline`.
-    name: String,
-    /// Print one JSON object.
-    #[arg(long)]
-    json: bool,
-    /// Tell on the error output where our time goes: what was recorded when.
-    #[arg(long)]
-    profile: bool,
-}
-
-pub fn run(options: &Options) -> Result<ExitCode> {
-    match options.name.as_str() {
-        "pipeline" => pipeline(options),
-        other => bail!("there is no benchmark called {other}; there is: pipeline"),
-    }
-}
-
 /// Single mode, from the start request to the first answer of the new version, against a script that does the same git
 /// clone, parallel docker build, push and start with the plain tools. The build cache is cold for both.
-fn pipeline(options: &Options) -> Result<ExitCode> {
-    let replank = Build::new()?.replank(Profile::Release)?;
+pub(super) fn run(options: &Options, replank: PathBuf) -> Result<ExitCode> {
     let world = World::start(replank, sample::FULL_UNITS)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
@@ -76,17 +56,11 @@ fn pipeline(options: &Options) -> Result<ExitCode> {
     let (ours_s, baseline_s) = (median(&mut ours), median(&mut theirs));
     let ratio = ours_s / baseline_s;
     if options.json {
-        let round = |x: f64| (x * 1_000.0).round() / 1_000.0;
         println!("{}", json!({"ours_s": round(ours_s), "baseline_s": round(baseline_s), "ratio": round(ratio)}));
     } else {
         println!("ours {ours_s:.2} s, baseline {baseline_s:.2} s, ratio {ratio:.3} (medians of {PAIRS} pairs)");
     }
     Ok(ExitCode::SUCCESS)
-}
-
-fn median(values: &mut [f64]) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }
 
 /// Forgets every build step. Images stay: a running version is no build cache.
