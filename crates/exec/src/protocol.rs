@@ -82,6 +82,18 @@ impl Request {
         self.timeout_seconds.unwrap_or(TIMEOUT_DEFAULT_SECONDS).clamp(*TIMEOUT_SECONDS.start(), *TIMEOUT_SECONDS.end())
     }
 
+    /// Reads the body of a request and holds it to [`check`](Self::check).
+    ///
+    /// # Errors
+    /// With what is wrong; nothing of the request is in it.
+    pub fn read(body: &[u8]) -> Result<Self, Malformed> {
+        // The parser's own words could repeat a part of the request.
+        let no_request = |error: serde_json::Error| Malformed::NoRequest { line: error.line(), column: error.column() };
+        let request: Self = serde_json::from_slice(body).map_err(no_request)?;
+        request.check()?;
+        Ok(request)
+    }
+
     /// The rules that hold for every program and every policy. A request that breaks one is malformed.
     ///
     /// # Errors
@@ -112,6 +124,8 @@ impl Request {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Malformed {
+    #[error("the body is no request: line {line}, column {column}")]
+    NoRequest { line: usize, column: usize },
     #[error("argv is empty: its first word names the program")]
     NoProgram,
     #[error("argv[0] must be a program's bare name, without a path")]

@@ -1,62 +1,21 @@
 //! The policy's table: what may be run and what may not, each refusal by the rule that is meant to refuse it.
 #![allow(clippy::unwrap_used)]
 
+mod table;
+
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 use replank_exec::policy::{Allowed, CLONE_ROOT, Denied, Rules, judge};
-use replank_exec::protocol::Request;
-
-const REMOTE: &str = "https://git.example.com/acme/app.git";
-
-fn rules() -> Rules {
-    Rules {
-        remote: Some(REMOTE.to_owned()),
-        registry: Some("platformacr".to_owned()),
-        container_app: Some("platform-app".to_owned()),
-        resource_group: Some("platform-rg".to_owned()),
-        ..Rules::default()
-    }
-}
-
-fn request(line: &str) -> Request {
-    let (cwd, argv) = line.split_once(" | ").unwrap_or_else(|| panic!("no cwd: {line}"));
-    let whole = |word: &str| {
-        word.replace("ROOT", CLONE_ROOT)
-            .replace("REMOTE", REMOTE)
-            .replace("SHA", &"a1".repeat(20))
-            .replace("DIGEST", &"c3".repeat(32))
-            .replace("<_>", " ")
-            .replace("<nl>", "\n")
-            .replace("<cr>", "\r")
-            .replace("<tab>", "\t")
-            .replace("<esc>", "\u{1b}")
-            .replace("<long>", &"x".repeat(5_000))
-            .replace("<>", "")
-    };
-    Request { argv: argv.split(' ').map(whole).collect(), cwd: (cwd != "-").then(|| whole(cwd)), ..Request::default() }
-}
-
-fn lines() -> Vec<(&'static str, &'static str)> {
-    let mut expect = "";
-    let mut all = Vec::new();
-    for line in include_str!("policy.txt").lines() {
-        if let Some(rule) = line.strip_prefix("== ") {
-            expect = rule;
-        } else if !line.is_empty() && !line.starts_with('#') {
-            all.push((expect, line));
-        }
-    }
-    all
-}
+use table::{lines, request, rules, way_out};
 
 #[test]
 fn the_table() {
     let rules = rules();
     let mut wrong = Vec::new();
     for (expect, line) in lines() {
-        let found = match judge(&rules, &request(line)) {
+        let found = match judge(&rules, &request(line).unwrap()) {
             Ok(_) => "allowed".to_owned(),
             Err(denied) => denied.to_string(),
         };
@@ -86,11 +45,11 @@ fn nothing_is_bound_to_what_is_not_set() {
         unset(&mut rules);
         let allowed = lines().into_iter().filter(|(expect, _)| *expect == "allowed");
         let denied: Vec<_> = allowed
-            .filter_map(|(_, line)| judge(&rules, &request(line)).err())
+            .filter_map(|(_, line)| judge(&rules, &request(line).unwrap()).err())
             .inspect(|denied| assert!(denied.to_string().contains(name), "{name}: {denied}"))
             .collect();
         assert!(!denied.is_empty(), "{name} binds nothing");
-        let talks = |line: &str| judge(&rules, &request(line)).is_ok_and(|allowed| allowed.talks);
+        let talks = |line: &str| judge(&rules, &request(line).unwrap()).is_ok_and(|allowed| allowed.talks);
         let talking = lines().into_iter().filter(|(_, line)| talks(line)).count();
         assert_eq!(talking == 0, name == "UPGRADE_GIT_REMOTE", "{talking} requests reach some remote");
     }
@@ -100,15 +59,15 @@ fn nothing_is_bound_to_what_is_not_set() {
 fn a_program_that_the_operator_left_out_is_refused() {
     let mut rules = rules();
     rules.programs.remove("kubectl");
-    assert_eq!(judge(&rules, &request("- | kubectl get pods")), Err(Denied::Program));
-    assert!(judge(&rules, &request("- | azcopy list")).is_ok());
+    assert_eq!(judge(&rules, &request("- | kubectl get pods").unwrap()), Err(Denied::Program));
+    assert!(judge(&rules, &request("- | azcopy list").unwrap()).is_ok());
 }
 
 /// A file in the request's directory would be taken for settings.
 #[test]
 fn git_and_az_take_no_file() {
     for line in ["- | git ls-remote REMOTE", "- | az login --identity", "- | elb x", "- | kubectl apply -f x"] {
-        let mut request = request(line);
+        let mut request = request(line).unwrap();
         request.stdin = Some(String::new());
         assert!(judge(&rules(), &request).is_ok(), "{line}: input alone is harmless");
         request.stdin_file = Some("x".to_owned());
@@ -122,7 +81,7 @@ fn git_and_az_take_no_file() {
 fn paths_in_the_clone_are_handed_on_to_be_followed() {
     #[track_caller]
     fn check(line: &str, inside: &[&str], clones: &[&str], context: Option<&str>, talks: bool) {
-        let allowed = judge(&rules(), &request(line)).unwrap();
+        let allowed = judge(&rules(), &request(line).unwrap()).unwrap();
         let path = |path: &str| Path::new(CLONE_ROOT).join(path);
         let all = |paths: &[&str]| -> Vec<PathBuf> { paths.iter().map(|text| path(text)).collect() };
         let expect = Allowed { inside: all(inside), clones: all(clones), context: context.map(path), talks };
@@ -167,7 +126,7 @@ fn paths_in_the_clone_are_handed_on_to_be_followed() {
 fn word() -> impl Strategy<Value = String> {
     let known: Vec<String> = lines()
         .into_iter()
-        .flat_map(|(_, line)| request(line).argv)
+        .flat_map(|(_, line)| request(line).unwrap().argv)
         .chain(["--upload-pack=id", "-c", "core.fsmonitor=id", "--", "@x", "ext::id", "/etc"].map(str::to_owned))
         .collect::<BTreeSet<_>>()
         .into_iter()
@@ -185,7 +144,7 @@ proptest! {
         changes in proptest::collection::vec((any::<proptest::sample::Index>(), word(), any::<bool>()), 0..3),
         cwd in proptest::sample::select(vec![None, Some("/"), Some("ROOT"), Some("ROOT/job-1"), Some("ROOT/job-1/sub"), Some("same")]),
     ) {
-        let mut request = request(line);
+        let mut request = request(line).unwrap();
         for (at, word, insert) in changes {
             // The program stays: what follows is said of git and az.
             let at = 1 + at.index(request.argv.len());
@@ -199,27 +158,35 @@ proptest! {
             request.cwd = cwd.map(|cwd| cwd.replace("ROOT", CLONE_ROOT));
         }
         let Ok(allowed) = judge(&rules(), &request) else { return Ok(()) };
-        for path in &allowed.inside {
-            prop_assert!(path.starts_with(CLONE_ROOT) && path != Path::new(CLONE_ROOT), "{path:?}");
-        }
-        let is_git = request.argv[0] == "git";
-        for (before, word) in request.argv.iter().zip(&request.argv[1..]) {
-            let has = |bad: &[&str]| bad.iter().any(|bad| word.contains(bad));
-            let lower = word.to_lowercase();
-            let wrong = if word.starts_with('-') {
-                has(&["pack", "exec", "config", "template", "filter", "-dir", "tree=", "ssh", "@", "yaml"])
-            } else if is_git && before == "-c" {
-                has(&["core.", "alias.", "gpg.", "filter.", "include", "url.", "helper=!", "hooks"])
-            } else if is_git && has(&["://", "::", "@"]) {
-                !["@", "//"].iter().any(|before| lower.ends_with(&format!("{before}git.example.com/acme/app.git")))
-            } else if is_git {
-                word.starts_with('/') && !word.starts_with(CLONE_ROOT)
-            } else {
-                word.starts_with('@') || word.contains("=@") || word.chars().any(char::is_control)
-            };
-            prop_assert!(!wrong && word != "--", "{word:?} in {:?}", request.argv);
-        }
+        prop_assert_eq!(way_out(&request, &allowed), None, "in {:?}", request.argv);
     }
+}
+
+/// What must hold of allowed requests is no empty word: had the policy allowed these, it would be seen.
+#[test]
+fn ways_out_are_seen() {
+    #[track_caller]
+    fn check(line: &str) {
+        let allowed = Allowed { inside: vec![Path::new(CLONE_ROOT).join("job-1")], ..Allowed::default() };
+        assert!(way_out(&request(line).unwrap(), &allowed).is_some(), "{line}");
+    }
+    check("ROOT/job-1 | git ls-remote --upload-pack=id origin");
+    check("ROOT/job-1 | git -c core.fsmonitor=id status");
+    check("ROOT/job-1 | git status -- x");
+    check("ROOT/job-1 | git fetch ext::id");
+    check("ROOT/job-1 | git fetch https://evil.example.com/@git.example.com/acme/app.git");
+    check("ROOT/job-1 | git fetch https://git.example.com@evil.example.com/acme/app.git");
+    check("ROOT/job-1 | git checkout ../x");
+    check("ROOT/job-1 | git checkout --branch=a..b");
+    check("- | git clone REMOTE ROOT/../etc");
+    check("/etc | git status");
+    check("- | az login --identity --client-id=@file");
+    check("- | az containerapp show --name other --resource-group platform-rg");
+    check("- | az acr build -r otheracr -t a:1 .");
+    check("- | az acr build -r platformacr -t a:1 ../x");
+    check("- | az acr build -r platformacr -t a:1 --file=/etc/passwd .");
+    let outside = Allowed { inside: vec![CLONE_ROOT.into()], ..Allowed::default() };
+    assert!(way_out(&request("- | git status").unwrap(), &outside).is_some());
 }
 
 fn allowed_lines() -> Vec<&'static str> {

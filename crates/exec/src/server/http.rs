@@ -230,12 +230,7 @@ impl Server {
             return Err(No::new(StatusCode::UNAUTHORIZED, format!("{TOKEN_HEADER} is missing or wrong")));
         }
         let body = self.body(request).await?;
-        let malformed = |what: String| No::new(StatusCode::BAD_REQUEST, what);
-        // The parser's own words could repeat a part of the request.
-        let request: Request = serde_json::from_slice(&body).map_err(|error| {
-            malformed(format!("the body is no request: line {}, column {}", error.line(), error.column()))
-        })?;
-        request.check().map_err(|why| malformed(why.to_string()))?;
+        let request = Request::read(&body).map_err(|why| No::new(StatusCode::BAD_REQUEST, why.to_string()))?;
         let name = request.argv.first().cloned().unwrap_or_default();
         // What is no program's name is not told: it may be anything.
         let told = Some(&name).filter(|name| name.len() <= NAME_MAX && name.bytes().all(|b| b.is_ascii_graphic()));
