@@ -22,17 +22,28 @@ impl Build {
         Ok(Self { triple: triple.to_owned() })
     }
 
-    /// `cargo <words> --target <host>` with the flags for static programs. Naming the target keeps the flags away from build
-    /// scripts and procedural macros, which cannot be static.
+    /// `cargo <words> --target <host>` with the flags for static programs.
     #[must_use]
     pub(crate) fn cargo(&self, words: &[&str]) -> Command {
+        self.cargo_with("-C target-feature=+crt-static", words)
+    }
+
+    /// `cargo <words> --target <host>` with these flags for the compiler. Naming the target keeps the flags away from build
+    /// scripts and procedural macros, which can be neither static nor instrumented.
+    #[must_use]
+    pub(crate) fn cargo_with(&self, flags: &str, words: &[&str]) -> Command {
         let mut command = Command::new("cargo");
         command.args(words).args(["--target", &self.triple]).current_dir(images::workspace());
-        let flags = format!("CARGO_TARGET_{}_RUSTFLAGS", self.triple.to_uppercase().replace('-', "_"));
-        command.env(flags, "-C target-feature=+crt-static");
+        let name = format!("CARGO_TARGET_{}_RUSTFLAGS", self.triple.to_uppercase().replace('-', "_"));
+        command.env(name, flags);
         // Either would replace the flags above.
         command.env_remove("RUSTFLAGS").env_remove("CARGO_ENCODED_RUSTFLAGS");
         command
+    }
+
+    #[must_use]
+    pub(crate) fn triple(&self) -> &str {
+        &self.triple
     }
 
     /// Builds the one binary and answers its path.

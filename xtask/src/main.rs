@@ -3,6 +3,7 @@
 mod bench;
 mod build;
 mod demo;
+mod fuzz;
 mod test;
 mod tidy;
 mod tied;
@@ -29,6 +30,8 @@ enum Task {
     Test(test::Options),
     /// Measures something; prints one JSON object.
     Bench(bench::Options),
+    /// Feeds made-up input to what reads input, for a bounded time.
+    Fuzz(fuzz::Options),
     /// Checks what the compiler does not: dependencies, imports, sizes of files.
     Tidy,
     /// Starts what tests and experiments need (engine, registry, git server, images, sample), prints the environment
@@ -53,6 +56,7 @@ fn run() -> Result<ExitCode> {
         Task::Demo(options) => demo::run(&options),
         Task::Test(options) => test::run(&options),
         Task::Bench(options) => bench::run(&options),
+        Task::Fuzz(options) => fuzz::run(&options),
         Task::Tidy => tidy::run(),
         Task::Engine(options) => world::run(&options).map(|()| ExitCode::SUCCESS),
     }

@@ -6,9 +6,12 @@ use anyhow::{Context, Result, bail};
 use replank_testbed::{process, sample, setup};
 
 use crate::build::Build;
-use crate::tidy;
 use crate::tied::tied;
 use crate::world::World;
+use crate::{fuzz, tidy};
+
+/// For each fuzz target: long enough for what a change breaks at once; `cargo xtask fuzz` takes all the time it is given.
+const FUZZ_SECONDS: u64 = 10;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
@@ -36,6 +39,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         let mut clippy = build.cargo(&["clippy", "--workspace", "--all-targets"]);
         clippy.args(["--", "--deny", "warnings"]);
         step("lints", clippy)?;
+        fuzz_targets(&build)?;
         // Building it takes longer than all tests, and its advisories need the network: where it is, it is used.
         if process::run(Command::new("cargo").args(["deny", "--version"])).is_ok() {
             step(
@@ -66,6 +70,18 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let status = runner.status().context("cannot start the test runner")?;
     drop(world);
     Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
+}
+
+/// Their crate is no member of the workspace, so nothing above has seen it.
+fn fuzz_targets(build: &Build) -> Result<()> {
+    let mut formatting = build_free(&["fmt", "--check", "--manifest-path"]);
+    formatting.arg(fuzz::manifest());
+    step("formatting of the fuzz targets", formatting)?;
+    let mut clippy = fuzz::command(build, "clippy");
+    clippy.args(["--", "--deny", "warnings"]);
+    step("lints of the fuzz targets", clippy)?;
+    fuzz::run(&fuzz::Options { seconds: FUZZ_SECONDS, names: vec![] })?;
+    Ok(())
 }
 
 fn build_free(words: &[&str]) -> Command {

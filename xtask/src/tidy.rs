@@ -100,7 +100,7 @@ fn imports(name: &str, text: &str) -> Vec<String> {
 /// Every Rust file of the workspace.
 fn sources(root: &Path) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
-    let mut open = vec![root.join("crates"), root.join("xtask")];
+    let mut open = vec![root.join("crates"), root.join("fuzz/src"), root.join("xtask")];
     while let Some(directory) = open.pop() {
         for entry in fs::read_dir(&directory).with_context(|| directory.display().to_string())? {
             let entry = entry?;

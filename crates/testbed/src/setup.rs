@@ -12,7 +12,7 @@ use crate::process;
 const USUAL_SOCKET: &str = "/var/run/docker.sock";
 
 /// A program or file whose presence proves that the package is there; several where distributions differ.
-const NEEDED: [(&str, &[&str]); 11] = [
+const NEEDED: [(&str, &[&str]); 12] = [
     ("docker.io", &["/usr/sbin/dockerd", "/usr/bin/dockerd"]),
     // Ubuntu and newer Debian have the client in a package of its own; see `packages`.
     ("docker-cli", &["/usr/bin/docker"]),
@@ -25,6 +25,8 @@ const NEEDED: [(&str, &[&str]); 11] = [
     // Two for tests alone: a damaged ledger, and one on a file system that is no place for it.
     ("sqlite3", &["/usr/bin/sqlite3"]),
     ("bindfs", &["/usr/bin/bindfs"]),
+    // The fuzzer that the tests run is built from its C++ sources.
+    ("g++", &["/usr/bin/g++", "/usr/bin/c++"]),
     ("ca-certificates", &["/etc/ssl/certs/ca-certificates.crt"]),
 ];
 
