@@ -76,7 +76,10 @@ pub fn way_out(request: &Request, allowed: &Allowed) -> Option<String> {
             _ => (before, Some(word.as_str())),
         };
         let bad_names = ["pack", "exec", "config", "template", "filter", "-dir", "tree", "ssh", "@", "yaml"];
-        let is_bad_option = word.starts_with('-') && (word == "--" || bad_names.iter().any(|bad| option.contains(bad)));
+        // A question, and no choice of a tree.
+        let is_asking = word == "--is-inside-work-tree";
+        let is_bad = word == "--" || bad_names.iter().any(|bad| option.contains(bad));
+        let is_bad_option = word.starts_with('-') && is_bad && !is_asking;
         let is_bad_value = value.is_some_and(|value| match program {
             "git" => is_bad_for_git(option, value),
             _ => is_bad_for_az(is_build, option, value),
