@@ -206,14 +206,14 @@ async fn who_hides_from_the_outputs_ends_as_well() {
     assert!(told.exists(), "it was not given its grace");
 }
 
-/// A client that pauses for longer than those who linger may stay gets everything all the same.
+/// A client that pauses for longer than those who linger may stay gets everything that they say all the same.
 #[tokio::test]
 async fn a_slow_client_loses_nothing() {
     struct Slow(Vec<u8>);
     impl Sink for Slow {
         async fn take(&mut self, _: Stream, bytes: &[u8]) -> bool {
             if self.0.is_empty() {
-                tokio::time::sleep(Duration::from_secs(8)).await;
+                tokio::time::sleep(Duration::from_secs(4)).await;
             }
             self.0.extend_from_slice(bytes);
             true
@@ -223,9 +223,12 @@ async fn a_slow_client_loses_nothing() {
         }
     }
     let mut sink = Slow(Vec::new());
-    let ended = run(order("head -c 100000 /dev/zero; echo end", LONG), &mut sink).await.unwrap();
-    assert_eq!((ended.exit_code, ended.timed_out, ended.client_gone), (0, false, false));
-    assert!(sink.0.len() == 100_004 && sink.0.ends_with(b"end\n"), "{} bytes", sink.0.len());
+    // The program itself has ended when the first of these bytes come.
+    let later =
+        "(while kill -0 $$ 2>/dev/null; do sleep 0.01; done; sleep 0.2; head -c 1000000 /dev/zero; echo end) & exit 6";
+    let ended = run(order(later, LONG), &mut sink).await.unwrap();
+    assert_eq!((ended.exit_code, ended.timed_out, ended.client_gone), (6, false, false));
+    assert!(sink.0.len() == 1_000_004 && sink.0.ends_with(b"end\n"), "{} bytes", sink.0.len());
 }
 
 /// What a program leaves behind may not hold a request for ever.

@@ -164,10 +164,8 @@ async fn slow_requests_pass() {
         };
         slow.push(rig.say(said.as_bytes()).await);
     }
-    let begun = Instant::now();
-    assert_eq!(rig.exec(run("echo ran")).await.stdout, "ran\n");
-    let took = begun.elapsed();
-    assert!(took < Duration::from_secs(25), "{took:?}");
+    let next = tokio::time::timeout(Duration::from_secs(25), rig.exec(run("echo ran"))).await;
+    assert_eq!(next.expect("they are given up").stdout, "ran\n");
     // Nor does a body that does not end, from somebody with a token, hold the slot.
     let _slow = rig.say(post("/exec", "Content-Length: 100\r\n\r\n{").as_bytes()).await;
     assert_eq!(rig.exec(run("echo ran")).await.stdout, "ran\n");
@@ -242,8 +240,7 @@ async fn a_stuck_reader_holds_nothing() {
         let much = much.clone();
         deaf.push((read, tokio::spawn(async move { write.write_all(much.as_bytes()).await })));
     }
-    let begun = Instant::now();
-    assert_eq!(rig.exec(run("echo ran")).await.stdout, "ran\n");
-    assert!(begun.elapsed() < Duration::from_secs(60), "{:?}", begun.elapsed());
+    let next = tokio::time::timeout(Duration::from_secs(60), rig.exec(run("echo ran"))).await;
+    assert_eq!(next.expect("they are given up").stdout, "ran\n");
     drop((stuck, deaf));
 }

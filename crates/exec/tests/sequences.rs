@@ -326,19 +326,32 @@ async fn a_release_s_tree_runs_nothing() {
 async fn nothing_is_found_above() {
     let world = World::new().await;
     let program = world.program.display().to_string();
-    let evil = format!(
-        "[core]\n\trepositoryformatversion = 0\n\tfsmonitor = {program}\n[protocol \"ext\"]\n\tallow = always\n\
-         [url \"ext::{program}\"]\n\tinsteadOf = {REMOTE}\n"
-    );
-    for around in [world.rig.clones(), world.rig.place.path().join("requests"), world.rig.place.path().to_owned()] {
-        world.git(&around, &["init", "-q"]);
-        std::fs::write(around.join(".git/config"), &evil).unwrap();
-    }
+    let around = |rig: &Rig, settings: &str| {
+        for directory in [rig.clones(), rig.place.path().join("requests"), rig.place.path().to_owned()] {
+            world.git(&directory, &["init", "-q"]);
+            std::fs::write(directory.join(".git/config"), format!("[core]\n\trepositoryformatversion = 0\n{settings}"))
+                .unwrap();
+        }
+    };
+    around(&world.rig, &format!("\tfsmonitor = {program}\n\tpager = {program}\n"));
     let empty = world.rig.clones().join("job-3");
     std::fs::create_dir(&empty).unwrap();
     world.check(json!({"argv": ["git", "status"], "cwd": empty}), Ok(128)).await;
     world.check(json!({"argv": ["git", "rev-parse", "HEAD"], "cwd": empty}), Ok(128)).await;
-    world.check(json!({"argv": ["git", "ls-remote", REMOTE]}), Ok(128)).await;
+    // Where no clone is named, git is started in the request's directory. Settings found above it would send it elsewhere.
+    let elsewhere = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    elsewhere.set_nonblocking(true).unwrap();
+    let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let remote = format!("http://{closed}/a.git");
+    let variables = [("UPGRADE_GIT_REMOTE", remote.as_str()), ("EXEC_ALLOW_LOOPBACK_REMOTE", "true")];
+    let rig = Rig::start(&variables).await;
+    let there = elsewhere.local_addr().unwrap();
+    around(&rig, &format!("[url \"http://{there}/\"]\n\tinsteadOf = http://{closed}/\n"));
+    for argv in [json!(["git", "ls-remote", remote]), json!(["git", "clone", remote, rig.clones().join("job-1")])] {
+        let done = rig.exec(json!({"argv": argv})).await;
+        assert!(done.exit_code == 128 && done.stderr.contains(&closed.to_string()), "{argv}: {done:?}");
+        assert!(elsewhere.accept().is_err(), "{argv} went elsewhere");
+    }
 }
 
 /// Links that a release brings, and what else az would read.
