@@ -4,6 +4,7 @@
 //! the parts of the end that runs it, [`client`] the end that asks.
 
 pub mod client;
+pub mod disk;
 pub mod outbound;
 pub mod policy;
 pub mod protocol;

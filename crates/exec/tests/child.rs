@@ -54,6 +54,7 @@ fn order(script: &str, timeout: Duration) -> Order {
         environment: BTreeMap::from([("PATH".into(), std::env::var_os("PATH").unwrap())]),
         input: None,
         timeout,
+        room: None,
     }
 }
 
@@ -238,4 +239,24 @@ async fn what_lingers_on_the_outputs_is_ended() {
     assert_eq!((ended.exit_code, ended.timed_out), (0, false));
     assert!(ended.took < Duration::from_secs(20), "{ended:?}");
     until_gone(&String::from_utf8(kept.stdout).unwrap()).await;
+}
+
+/// Who fills the disk is told to end, may take away what it has begun, and says why it ended.
+#[tokio::test]
+async fn a_directory_that_grows_too_large_ends_its_program() {
+    let place = tempfile::tempdir().unwrap();
+    let file = place.path().join("large");
+    let script = format!(
+        "trap 'rm {0}; exit 0' TERM; head -c 3000000 /dev/zero > {0}; while :; do sleep 0.1; done",
+        file.display()
+    );
+    let room = Some((place.path().to_owned(), 2_000_000));
+    let (ended, kept) = kept(Order { room, ..order(&script, LONG) }).await;
+    assert_eq!((ended.exit_code, ended.timed_out, ended.client_gone), (128, false, false));
+    assert!(String::from_utf8(kept.stderr).unwrap().contains("EXEC_CLONE_MAX_BYTES"));
+    assert!(!file.exists() && ended.took < Duration::from_secs(20), "{ended:?}");
+    // Room enough.
+    let room = Some((place.path().to_owned(), 20_000_000));
+    let script = format!("head -c 3000000 /dev/zero > {}; sleep 0.5; exit 3", file.display());
+    assert_eq!(self::kept(Order { room, ..order(&script, LONG) }).await.0.exit_code, 3);
 }

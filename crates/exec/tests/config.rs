@@ -18,6 +18,7 @@ fn defaults_are_the_contract_s() {
     let config = read(&[TOKEN]).unwrap();
     assert_eq!(config.listen.to_string(), "127.0.0.1:7682");
     assert_eq!((config.max_concurrency, config.max_body, config.max_output), (4, 8 << 20, 8 << 20));
+    assert_eq!(config.max_clone, 4 << 30);
     assert_eq!((config.max_line, config.rate, config.mode), (64 << 10, None, Mode::Enforce));
     assert_eq!(config.rules.clone_root.to_str(), Some("/tmp/elb-upgrade"));
     assert_eq!(config.rules.programs.len(), 6);

@@ -80,19 +80,25 @@ fn git_and_az_take_no_file() {
 #[test]
 fn paths_in_the_clone_are_handed_on_to_be_followed() {
     #[track_caller]
-    fn check(line: &str, inside: &[&str], clones: &[&str], context: Option<&str>, talks: bool) {
+    fn check(line: &str, inside: &[&str], clones: &[&str], context: Option<&str>, talks: bool, fills: Option<&str>) {
         let allowed = judge(&rules(), &request(line).unwrap()).unwrap();
         let path = |path: &str| Path::new(CLONE_ROOT).join(path);
         let all = |paths: &[&str]| -> Vec<PathBuf> { paths.iter().map(|text| path(text)).collect() };
-        let expect = Allowed { inside: all(inside), clones: all(clones), context: context.map(path), talks };
+        let expect = Allowed {
+            inside: all(inside),
+            clones: all(clones),
+            context: context.map(path),
+            talks,
+            fills: fills.map(path),
+        };
         assert_eq!(allowed, expect, "{line}");
     }
-    check("- | git clone REMOTE ROOT/job-1", &["job-1"], &[], None, true);
-    check("ROOT/job-2 | git clone REMOTE ROOT/job-1", &["job-2", "job-1"], &["job-2"], None, true);
-    check("- | git ls-remote REMOTE", &[], &[], None, true);
-    check("ROOT/job-1 | git fetch", &["job-1"], &["job-1"], None, true);
-    check("ROOT/job-1 | git status", &["job-1"], &["job-1"], None, false);
-    check("ROOT/job-1 | git -C ROOT/job-2 status", &["job-1", "job-2"], &["job-1", "job-2"], None, false);
+    check("- | git clone REMOTE ROOT/job-1", &["job-1"], &[], None, true, Some("job-1"));
+    check("ROOT/job-2 | git clone REMOTE ROOT/job-1", &["job-2", "job-1"], &["job-2"], None, true, Some("job-1"));
+    check("- | git ls-remote REMOTE", &[], &[], None, true, None);
+    check("ROOT/job-1 | git fetch", &["job-1"], &["job-1"], None, true, Some("job-1"));
+    check("ROOT/job-1 | git status", &["job-1"], &["job-1"], None, false, None);
+    check("ROOT/job-1 | git -C ROOT/job-2 status", &["job-1", "job-2"], &["job-1", "job-2"], None, false, None);
     check(
         "ROOT/job-1 | az acr build --registry platformacr --image a:1 --file api/Dockerfile api",
         &[
@@ -105,6 +111,7 @@ fn paths_in_the_clone_are_handed_on_to_be_followed() {
         &[],
         Some("job-1/api"),
         false,
+        None,
     );
     check(
         "ROOT/job-1 | az acr build --registry platformacr --image a:1 api",
@@ -118,8 +125,17 @@ fn paths_in_the_clone_are_handed_on_to_be_followed() {
         &[],
         Some("job-1/api"),
         false,
+        None,
     );
-    check("- | az login --identity", &[], &[], None, false);
+    check(
+        "ROOT/job-1 | git -C ROOT/job-2 checkout v1",
+        &["job-1", "job-2"],
+        &["job-1", "job-2"],
+        None,
+        false,
+        Some("job-2"),
+    );
+    check("- | az login --identity", &[], &[], None, false, None);
 }
 
 /// Words from which dangerous requests are made, and noise.

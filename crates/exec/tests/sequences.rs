@@ -434,6 +434,22 @@ async fn clones_go_where_they_belong() {
     }
 }
 
+/// A remote that sends without end does not fill the disk.
+#[tokio::test]
+async fn a_clone_has_its_room() {
+    let variables = [("UPGRADE_GIT_REMOTE", REMOTE), ("EXEC_CLONE_MAX_BYTES", "1048576")];
+    let rig = Rig::start(&variables).await;
+    let fills = "#!/bin/sh\nhead -c 3000000 /dev/zero > large\nexec sleep 600\n";
+    script_at(&rig.place.path().join("bin/git"), fills);
+    let clone = rig.clones().join("job-1");
+    std::fs::create_dir(&clone).unwrap();
+    let request = json!({"argv": ["git", "checkout", "v1"], "cwd": clone});
+    let done = rig.exec(request.clone()).await;
+    assert!(done.exit_code == 128 && !done.timed_out && done.stderr.contains("EXEC_CLONE_MAX_BYTES"), "{done:?}");
+    let (lines, summary) = rig.stream(request).await;
+    assert!(summary.exit_code == 128 && lines.last().unwrap().1.contains("EXEC_CLONE_MAX_BYTES"), "{lines:?}");
+}
+
 /// Where enforcing is not on yet, the same is run, and what would have been refused is only reported.
 #[tokio::test]
 async fn audit_runs_what_enforce_refuses() {

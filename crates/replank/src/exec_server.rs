@@ -34,6 +34,7 @@ Environment:
                               [az azcopy elastic-blast elb git kubectl]
   EXEC_POLICY                 enforce, or audit: only report [enforce]
   EXEC_CLONE_ROOT             where clones go [/tmp/elb-upgrade]
+  EXEC_CLONE_MAX_BYTES        of the disk, for each clone [4 GiB]
   EXEC_ALLOWED_SIGNERS_FILE   keys that git verify-tag trusts
   UPGRADE_GIT_REMOTE          the one remote that git may reach
   EXEC_ALLOW_PRIVATE_REMOTE   true: it may have a private address

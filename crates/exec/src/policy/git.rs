@@ -57,7 +57,9 @@ pub(super) fn judge(rules: &Rules, words: &[&str], cwd: Option<&Path>) -> Judged
         _ => return rule("git may not be asked for this subcommand"),
     }
     let talks = matches!(command, "clone" | "fetch" | "ls-remote");
-    Ok(Allowed { inside, clones, context: None, talks })
+    // The last one is the target of a clone, or where git goes on -C.
+    let fills = inside.last().filter(|_| matches!(command, "clone" | "fetch" | "checkout")).cloned();
+    Ok(Allowed { inside, clones, context: None, fills, talks })
 }
 
 fn clone<'a>(rules: &Rules, words: &[&'a str]) -> Judged<&'a Path> {

@@ -57,6 +57,8 @@ pub struct Allowed {
     pub clones: Vec<PathBuf>,
     /// The context of a build. It must be a directory: the CLI takes a path that is not there for a remote one.
     pub context: Option<PathBuf>,
+    /// A clone that it fills.
+    pub fills: Option<PathBuf>,
     /// It talks to the remote, whose addresses are to be judged first.
     pub talks: bool,
 }

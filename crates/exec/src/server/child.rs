@@ -18,7 +18,8 @@ use tokio::process::{ChildStdin, Command};
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
 
 use super::audit;
-use crate::protocol::{EXIT_TIMED_OUT, Stream};
+use crate::disk;
+use crate::protocol::{EXIT_TIMED_OUT, EXIT_UNREACHED, Stream};
 
 /// Between SIGTERM and SIGKILL (contract §5).
 const GRACE: Duration = Duration::from_secs(5);
@@ -26,6 +27,8 @@ const GRACE: Duration = Duration::from_secs(5);
 const LINGER: Duration = Duration::from_secs(2);
 /// How long a client may take for what is left when the program was killed.
 const LAST_WORDS: Duration = Duration::from_secs(5);
+/// What a program that filled its directory is said to have said last.
+const FULL: &str = "fatal: the clone takes more of the disk than EXEC_CLONE_MAX_BYTES allows\n";
 /// As much as a pipe holds: one read empties it.
 const BUFFER: usize = 64 * 1024;
 /// Who was killed is gone within milliseconds, unless a disk holds it up.
@@ -42,6 +45,8 @@ pub struct Order {
     /// Given to the program's standard input, which is empty otherwise.
     pub input: Option<Vec<u8>>,
     pub timeout: Duration,
+    /// A directory that may not take more than so many bytes of the disk.
+    pub room: Option<(PathBuf, u64)>,
 }
 
 /// Who takes the output.
@@ -154,6 +159,13 @@ impl Limit<'_> {
         is_first
     }
 
+    /// The time is over now, whatever is left of it.
+    fn stop(&mut self) {
+        if self.stage == Stage::InTime {
+            self.sleep.as_mut().reset(Instant::now());
+        }
+    }
+
     /// The program itself has ended: what counts from now on is how long others hold its outputs.
     fn linger(&mut self) {
         if self.stage == Stage::InTime {
@@ -220,7 +232,8 @@ pub async fn run(order: Order, sink: &mut (impl Sink + Send)) -> io::Result<Ende
     let end = begun + order.timeout;
     let mut limit = Limit { sleep: pin!(sleep_until(end)), end, stage: Stage::InTime };
     let mut status: Option<ExitStatus> = None;
-    let (mut is_gone, mut timed_out) = (false, false);
+    let (mut is_gone, mut timed_out, mut is_full) = (false, false, false);
+    let mut outgrown = pin!(outgrown(order.room.as_ref()));
 
     while (status.is_none() || stdout.is_some() || stderr.is_some()) && limit.stage != Stage::Over {
         let (stream, count) = tokio::select! {
@@ -238,6 +251,11 @@ pub async fn run(order: Order, sink: &mut (impl Sink + Send)) -> io::Result<Ende
             () = sink.gone() => {
                 is_gone = true;
                 break;
+            }
+            () = &mut outgrown, if !is_full => {
+                is_full = true;
+                limit.stop();
+                continue;
             }
             () = limit.sleep.as_mut() => {
                 timed_out |= limit.step(&group);
@@ -281,6 +299,13 @@ pub async fn run(order: Order, sink: &mut (impl Sink + Send)) -> io::Result<Ende
         // Their directory is removed next, and who still writes there would keep it from going.
         group.empties(Instant::now() + DYING).await;
     }
+    // Stopped as if its time were over, so that it could take away what it had begun; and yet it is another reason.
+    if is_full && timed_out && !is_gone {
+        timed_out = false;
+        is_gone = !sink.take(Stream::Stderr, FULL.as_bytes()).await;
+        let took = begun.elapsed();
+        return Ok(Ended { exit_code: EXIT_UNREACHED, timed_out, client_gone: is_gone, took });
+    }
     Ok(Ended {
         exit_code: if timed_out { EXIT_TIMED_OUT } else { code(status) },
         timed_out,
@@ -302,6 +327,14 @@ fn lives(group: Pid) -> bool {
         let (state, number) = (fields.next(), fields.nth(1));
         state != Some("Z") && number.and_then(|number| number.parse().ok()) == Some(group.as_raw_nonzero().get())
     })
+}
+
+/// Never ready where nothing is watched.
+async fn outgrown(room: Option<&(PathBuf, u64)>) {
+    match room {
+        Some((path, limit)) => disk::outgrown(path, *limit).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Writes the input beside everything else: a program may answer before it has read it all, or never read it.

@@ -13,6 +13,8 @@ use crate::policy::{PROGRAMS, Rules};
 use crate::protocol::DEFAULT_PORT;
 
 const TOKEN_LENGTH: std::ops::RangeInclusive<usize> = 16..=1_024;
+/// As much as the git source allows.
+const CLONE_BYTES: u64 = 4 * 1024 * 1024 * 1024;
 const MEBIBYTE: usize = 1024 * 1024;
 
 /// Whether what the policy refuses is refused, or only reported so that an existing deployment can move.
@@ -42,6 +44,8 @@ pub struct Config {
     pub max_output: usize,
     /// Bytes of a line that `POST /exec/stream` sends.
     pub max_line: usize,
+    /// Bytes that a clone may take on the disk.
+    pub max_clone: u64,
     /// `None`: no limit.
     pub rate: Option<Rate>,
 }
@@ -149,6 +153,7 @@ impl Config {
             max_body: number(&get, "EXEC_MAX_BODY_BYTES", 8 * MEBIBYTE, 1024..=64 * MEBIBYTE)?,
             max_output: number(&get, "EXEC_RUN_MAX_OUTPUT_BYTES", 8 * MEBIBYTE, 1024..=64 * MEBIBYTE)?,
             max_line: number(&get, "EXEC_STREAM_LINE_MAX_BYTES", 64 * 1024, 64..=MEBIBYTE)?,
+            max_clone: number(&get, "EXEC_CLONE_MAX_BYTES", CLONE_BYTES, 1024 * 1024..=1 << 40)?,
             rate: limited.then(|| Rate { starts, window: Duration::from_secs(window) }),
         })
     }

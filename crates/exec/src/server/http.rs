@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;
 use std::ffi::OsString;
 use std::future::Future;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -77,9 +77,12 @@ impl No {
 }
 
 /// What the judges say of a request.
-struct Judged {
+#[derive(Default)]
+pub(super) struct Judged {
     /// Where git finds the remote.
-    pin: Option<String>,
+    pub(super) pin: Option<String>,
+    /// The clone that it fills.
+    pub(super) fills: Option<PathBuf>,
     /// There is no way to the remote, and git does not have to find out.
     unreached: Option<NotRun>,
 }
@@ -242,7 +245,7 @@ impl Server {
         let (judged, would_refuse) = match (self.judge(&request).await, self.config.mode) {
             (Ok(judged), _) => (judged, None),
             (Err(rule), Mode::Enforce) => return Err(refused(&rule)),
-            (Err(rule), Mode::Audit) => (Judged { pin: None, unreached: None }, Some(rule)),
+            (Err(rule), Mode::Audit) => (Judged::default(), Some(rule)),
         };
         let slot = self.slots.clone().try_acquire_owned().map_err(|_| {
             audit::event("exec_error", json!({"program": name, "error": "busy"}));
@@ -252,9 +255,9 @@ impl Server {
         // Counted once it is sure to start: a client that waits for a slot must not use up its rate by asking.
         self.rate(&name)?;
         let fresh = self.places.fresh().map_err(|error| internal(&error))?;
-        let order = match judged.unreached {
-            Some(not_run) => Err(not_run),
-            None => Ok(self.order(request, &fresh, judged.pin.as_deref()).map_err(|error| internal(&error))?),
+        let order = match &judged.unreached {
+            Some(not_run) => Err(not_run.clone()),
+            None => Ok(self.order(request, &fresh, &judged).map_err(|error| internal(&error))?),
         };
         let started = Started::tell(&name, self.number.fetch_add(1, Ordering::Relaxed), would_refuse);
         Ok(Ready { order, started, fresh, slot, running: client.running() })
@@ -299,16 +302,16 @@ impl Server {
         let rules = &self.config.rules;
         let allowed = policy::judge(rules, request).map_err(|denied| denied.to_string())?;
         self.look(request, &allowed)?;
-        let remote = self.config.remote.as_ref().filter(|_| allowed.talks);
-        let Some(remote) = remote else { return Ok(Judged { pin: None, unreached: None }) };
+        let mut judged = Judged { fills: allowed.fills, ..Judged::default() };
+        let Some(remote) = self.config.remote.as_ref().filter(|_| allowed.talks) else { return Ok(judged) };
         match remote.pin(self.resolver.as_ref(), &self.own).await {
-            Ok(pin) => Ok(Judged { pin, unreached: None }),
-            Err(Unreached::Unresolved(name, why)) => {
-                let why = format!("fatal: {}", Unreached::Unresolved(name, why));
-                Ok(Judged { pin: None, unreached: Some(NotRun { exit_code: EXIT_UNREACHED, why }) })
+            Ok(pin) => judged.pin = pin,
+            Err(why @ Unreached::Unresolved(..)) => {
+                judged.unreached = Some(NotRun { exit_code: EXIT_UNREACHED, why: format!("fatal: {why}") });
             }
-            Err(refused) => Err(refused.to_string()),
+            Err(refused) => return Err(refused.to_string()),
         }
+        Ok(judged)
     }
 
     fn look(&self, request: &Request, allowed: &Allowed) -> Result<(), String> {

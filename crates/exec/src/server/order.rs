@@ -14,7 +14,7 @@ use super::audit::{self, Started};
 use super::child::{self, Ended, Order, Sink};
 use super::connection::Running;
 use super::environment::{self, Surroundings};
-use super::http::Server;
+use super::http::{Judged, Server};
 use super::place::Fresh;
 use crate::protocol::{Credential, EXIT_NOT_STARTED, Request};
 
@@ -63,8 +63,8 @@ impl Ready {
 }
 
 impl Server {
-    /// What to run, and how. `pin` is where git finds the remote.
-    pub(super) fn order(&self, request: Request, fresh: &Fresh, pin: Option<&str>) -> io::Result<Order> {
+    /// What to run, and how.
+    pub(super) fn order(&self, request: Request, fresh: &Fresh, judged: &Judged) -> io::Result<Order> {
         let timeout = Duration::from_secs(request.timeout());
         let mut input = request.stdin.map(String::into_bytes);
         if let (Some(file), Some(bytes)) = (&request.stdin_file, &input) {
@@ -83,14 +83,15 @@ impl Server {
             work: &fresh.work,
             clone_root: &config.rules.clone_root,
             remote_is_plain: config.remote.as_ref().is_some_and(super::remote::Remote::is_plain),
-            pin,
+            pin: judged.pin.as_deref(),
             allowed_signers: config.allowed_signers.as_deref(),
             askpass: askpass.as_deref(),
         };
         let program = request.argv.first().map(String::as_str).unwrap_or_default();
         let environment = environment::of(program, &around);
         let directory = request.cwd.map_or_else(|| fresh.work.clone(), PathBuf::from);
-        Ok(Order { argv: request.argv, directory, environment, input, timeout })
+        let room = judged.fills.clone().map(|path| (path, config.max_clone));
+        Ok(Order { argv: request.argv, directory, environment, input, timeout, room })
     }
 
     /// The directory that the Azure CLI keeps its settings in, where the operator has chosen one.

@@ -2,13 +2,13 @@
 
 use std::ffi::OsStr;
 use std::io;
-use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Stdio;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use replank_core::fault::Fault;
 use replank_core::ports::{Log, Stream};
+use replank_exec::disk;
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::process::{Child, Command};
@@ -17,8 +17,6 @@ use super::refs::tame;
 
 /// Where git and the shell-less helpers that it starts are looked for.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-/// How often a growing directory is measured; the pause grows with what measuring costs.
-const MEASURE_EVERY: Duration = Duration::from_millis(200);
 const READ_BUFFER: usize = 16 * 1024;
 /// What is kept of a failed child's last words.
 const TAIL: usize = 1_000;
@@ -167,19 +165,7 @@ impl Run<'_> {
         let Some((path, limit)) = self.disk else {
             return std::future::pending().await;
         };
-        let mut pause = MEASURE_EVERY;
-        loop {
-            tokio::time::sleep(pause).await;
-            let path = path.to_owned();
-            let begun = Instant::now();
-            // A measurement that was lost (runtime shutting down) says nothing; the next one will.
-            if let Ok(used) = tokio::task::spawn_blocking(move || disk_bytes(&path, limit)).await
-                && used > limit
-            {
-                return;
-            }
-            pause = MEASURE_EVERY.max(begun.elapsed() * 2);
-        }
+        disk::outgrown(path, limit).await;
     }
 }
 
@@ -200,30 +186,6 @@ async fn pump<R: AsyncRead + Unpin>(pipe: Option<R>, mut take: impl FnMut(&[u8])
 
 fn last_line(tail: &[u8]) -> String {
     tail.trim_ascii_end().rsplit(|b| *b == b'\n').next().map(tame).unwrap_or_default()
-}
-
-/// Disk space under a directory, counted until it is over `enough`. What disappears meanwhile counts nothing.
-fn disk_bytes(root: &Path, enough: u64) -> u64 {
-    /// st_blocks counts in units of 512 bytes, whatever the file system's block size.
-    const BLOCK: u64 = 512;
-    let mut used = 0;
-    let mut dirs: Vec<PathBuf> = vec![root.to_owned()];
-    while let Some(dir) = dirs.pop() {
-        let Ok(entries) = std::fs::read_dir(dir) else {
-            continue;
-        };
-        for entry in entries.flatten() {
-            let Ok(meta) = entry.metadata() else { continue };
-            used += meta.blocks() * BLOCK;
-            if used > enough {
-                return used;
-            }
-            if meta.is_dir() {
-                dirs.push(entry.path());
-            }
-        }
-    }
-    used
 }
 
 /// A command line for the log: what was run, word by word.
