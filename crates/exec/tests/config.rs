@@ -76,6 +76,7 @@ fn what_cannot_be_used_keeps_it_from_starting() {
     let programs = "EXEC_ALLOWED_BINARIES must name some of az azcopy elastic-blast elb git kubectl";
     check(&[("EXEC_ALLOWED_BINARIES", "git,sh")], programs);
     check(&[("EXEC_ALLOWED_BINARIES", ",")], programs);
+    check(&[("EXEC_ALLOWED_SIGNERS_FILE", "signers")], "EXEC_ALLOWED_SIGNERS_FILE must be an absolute path");
     let root = "EXEC_CLONE_ROOT must be an absolute path below /, without '..'";
     for path in ["clones", "/", "/tmp/..", "/tmp/../etc"] {
         check(&[("EXEC_CLONE_ROOT", path)], root);

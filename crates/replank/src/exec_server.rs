@@ -1,6 +1,6 @@
 //! `replank exec-server`: the exec channel's server, set up from the environment alone.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -62,14 +62,29 @@ pub fn run(env: &Environment) -> Result<ExitCode, Failure> {
     Ok(serve(config, env)?)
 }
 
+/// A clone's directory may be packed and sent to the registry, and what is old in the requests' directory is removed: neither may
+/// hold the other. Both are there.
+fn apart(clones: &Path, requests: &Path) -> anyhow::Result<()> {
+    let (clones, requests) = (clones.canonicalize()?, requests.canonicalize()?);
+    anyhow::ensure!(
+        !clones.starts_with(&requests) && !requests.starts_with(&clones),
+        "clones go to {} and requests to {}, one of which is in the other; set EXEC_CLONE_ROOT to a directory of its own",
+        clones.display(),
+        requests.display()
+    );
+    Ok(())
+}
+
 fn serve(config: Config, env: &Environment) -> anyhow::Result<ExitCode> {
     let root = config.rules.clone_root.clone();
     make_private(&root).with_context(|| {
         format!("the clone root {} cannot be made; set EXEC_CLONE_ROOT to a directory of its own", root.display())
     })?;
     let parent = env.get("TMPDIR").map_or_else(|| PathBuf::from("/tmp"), PathBuf::from).join(REQUESTS);
-    let places = Places::open(parent.clone(), now())
-        .with_context(|| format!("{} cannot be used for requests; set TMPDIR to another place", parent.display()))?;
+    let unusable = || format!("{} cannot be used for requests; set TMPDIR to another place", parent.display());
+    make_private(&parent).with_context(unusable)?;
+    apart(&root, &parent)?;
+    let places = Places::open(parent.clone(), now()).with_context(unusable)?;
     let own = env.all().map(|(name, value)| (name.into(), value.into())).collect();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {

@@ -128,6 +128,15 @@ fn it_does_not_start_without_what_it_needs() {
         "UPGRADE_GIT_REMOTE must begin with https://",
     );
     check(&[token, ("UPGRADE_GIT_REMOTE", "https://u:hunter2@localhost/a.git")], "this machine itself");
+    // What is packed for a build must not hold what git is told in secret.
+    for (root, tmp) in [(".", "."), ("replank-exec/x", "."), ("a", "a")] {
+        let own = tempfile::tempdir().unwrap();
+        std::fs::create_dir(own.path().join("a")).unwrap();
+        let (root, tmp) = (own.path().join(root), own.path().join(tmp));
+        let out = command(place.path(), &[token]).env("EXEC_CLONE_ROOT", root).env("TMPDIR", tmp).output().unwrap();
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(!out.status.success() && said.contains("set EXEC_CLONE_ROOT to a directory of its own"), "{said}");
+    }
     // The directory of requests is somebody else's, or none: nothing is run in it.
     std::fs::write(place.path().join("replank-exec"), "").unwrap();
     let out = command(place.path(), &[token]).output().unwrap();

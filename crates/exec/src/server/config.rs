@@ -138,6 +138,11 @@ impl Config {
             Some("audit") => Mode::Audit,
             Some(_) => return unusable("EXEC_POLICY", "must be enforce or audit"),
         };
+        let allowed_signers = get("EXEC_ALLOWED_SIGNERS_FILE").map(PathBuf::from);
+        if allowed_signers.as_ref().is_some_and(|file| !file.is_absolute()) {
+            // git would look for it in the clone, and a release would say who may sign it.
+            return unusable("EXEC_ALLOWED_SIGNERS_FILE", "must be an absolute path");
+        }
         let limited = switch(&get, "STRICT_EXEC_RATE_LIMIT")?;
         let starts = number(&get, "EXEC_RATE_LIMIT_PER_WINDOW", 120, 1..=1_000_000)?;
         let window = number(&get, "EXEC_RATE_LIMIT_WINDOW_SECONDS", 60, 1..=86_400)?;
@@ -148,7 +153,7 @@ impl Config {
             remote,
             reach,
             mode,
-            allowed_signers: get("EXEC_ALLOWED_SIGNERS_FILE").map(PathBuf::from),
+            allowed_signers,
             max_concurrency: number(&get, "EXEC_MAX_CONCURRENCY", 4, 1..=256)?,
             max_body: number(&get, "EXEC_MAX_BODY_BYTES", 8 * MEBIBYTE, 1024..=64 * MEBIBYTE)?,
             max_output: number(&get, "EXEC_RUN_MAX_OUTPUT_BYTES", 8 * MEBIBYTE, 1024..=64 * MEBIBYTE)?,

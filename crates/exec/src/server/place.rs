@@ -30,6 +30,8 @@ impl Places {
     /// # Errors
     /// When it cannot be made or read.
     pub fn open(parent: PathBuf, now: SystemTime) -> io::Result<Self> {
+        // Programs run elsewhere, and are told of their directories by path.
+        let parent = std::path::absolute(parent)?;
         make_private(&parent)?;
         // Below a directory for everybody somebody else may have been first, and could put his own in place of each request's.
         if std::fs::symlink_metadata(&parent)?.uid() != rustix::process::geteuid().as_raw() {
