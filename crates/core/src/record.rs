@@ -187,6 +187,7 @@ pub struct Driver {
 /// What the last look at the remote showed.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
 pub struct Latest {
+    /// The newest release that may be started or runs already; older than what runs where its tag has gone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub release: Option<(Version, CommitSha)>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -250,6 +251,11 @@ pub struct Record {
 }
 
 impl Record {
+    /// Whether a release is newer than what runs, by base release (contract §1). Everything is newer than nothing.
+    pub fn is_behind(&self, version: &Version) -> bool {
+        self.running.as_ref().is_none_or(|running| version.base() > running.version.base())
+    }
+
     /// The record of an application of which nothing is known yet.
     pub fn new(installation: InstallationId, application: AppName, now: Millis) -> Self {
         Self {

@@ -10,8 +10,8 @@ use crate::history::{Audit, Line, seal};
 use crate::phase::{
     Build, Building, BuiltOnly, Confirming, Flip, Mode, Op, OpState, Patching, Phase, RollingBack, State, Swap, WayBack,
 };
-use crate::record::{Driver, Quarantined, Record};
-use crate::words::{CommitSha, Millis};
+use crate::record::{Driver, Latest, Quarantined, Record};
+use crate::words::{CommitSha, Millis, Version};
 
 /// Why an event cannot happen now.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -378,10 +378,10 @@ pub fn apply(record: &Record, event: &Event, now: Millis) -> Result<Commit, Refu
         }
         Event::RefsSeen { latest } => {
             new.latest = latest.clone();
-            if let Some((version, commit)) = &latest.release {
+            if let Some((version, commit)) = new_release(record, latest) {
                 audit = audit.with("version", version.to_string()).with("sha", commit.as_str());
             }
-            if let Some(head) = &latest.branch_head {
+            if let Some(head) = new_head(record, latest) {
                 audit = audit.with("branch_head", head.as_str());
             }
         }
@@ -467,13 +467,27 @@ pub fn apply(record: &Record, event: &Event, now: Millis) -> Result<Commit, Refu
             quarantine(&mut new, record, &why, now);
         }
     }
-    // A look at the remote that found nothing new is no event: the history would drown in them.
-    let silent = matches!(event, Event::RefsSeen { latest } if latest.release == record.latest.release
-        && latest.branch_head == record.latest.branch_head);
+    // A look at the remote that found nothing new to start is no event: the history would drown in them.
+    let silent = matches!(event, Event::RefsSeen { latest }
+        if new_release(record, latest).is_none() && new_head(record, latest).is_none());
     let events = if silent { &[][..] } else { std::slice::from_ref(&audit) };
     let (lines, head) = seal(&record.history, events);
     new.history = head;
     Ok(Commit { record: new, lines })
+}
+
+/// The release of a look at the remote, where it is newer than what runs and than every one that was recorded before.
+fn new_release<'a>(record: &Record, latest: &'a Latest) -> Option<&'a (Version, CommitSha)> {
+    let found = latest.release.as_ref().filter(|(version, _)| record.is_behind(version))?;
+    let known = record.latest.release.as_ref().is_some_and(|(known, _)| known.base() >= found.0.base());
+    (!known).then_some(found)
+}
+
+/// The head of the tracking branch, where it can be started and was not recorded before (contract §1, commit channel).
+fn new_head<'a>(record: &Record, latest: &'a Latest) -> Option<&'a CommitSha> {
+    let head = latest.branch_head.as_ref().filter(|head| record.latest.branch_head.as_ref() != Some(head))?;
+    let startable = record.track_commits && record.running.as_ref().is_some_and(|running| running.commit != *head);
+    startable.then_some(head)
 }
 
 /// Marks the commit that was left, or that failed, so that the next click does not install it again.

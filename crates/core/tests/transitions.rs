@@ -249,6 +249,52 @@ fn every_commit_but_a_look_that_found_nothing_adds_exactly_one_line() {
     }
 }
 
+/// What a look at the remote puts into the history, told from one that found nothing new to start (audit of `candidate_detected`).
+#[test]
+fn a_look_is_an_event_only_when_something_newer_appeared() {
+    let release = |minor: u64| Some((Version::release(0, minor, 0), sha('5')));
+    let check = |known: Latest, seen: Latest, track_commits: bool, expect: &[(&str, &str)]| {
+        // Version 0.1.0 at commit 111… runs.
+        let mut record = running_record();
+        (record.latest, record.track_commits) = (known, track_commits);
+        let commit = apply(&record, &Event::RefsSeen { latest: seen.clone() }, Millis(5)).unwrap();
+        assert_eq!(commit.record.latest, seen, "what was seen is kept whether it is an event or not");
+        let lines: Vec<serde_json::Value> =
+            commit.lines.iter().map(|line| serde_json::from_slice(&line.bytes).unwrap()).collect();
+        assert_eq!(lines.len(), usize::from(!expect.is_empty()), "{seen:?}");
+        for name in ["version", "sha", "branch_head"] {
+            let wanted = expect.iter().find(|(known, _)| *known == name).map(|(_, value)| *value);
+            assert_eq!(lines.first().and_then(|line| line[name].as_str()), wanted, "{name} of {seen:?}");
+        }
+    };
+    let at = |release: Option<(Version, CommitSha)>, head: Option<char>| Latest {
+        release,
+        branch_head: head.map(sha),
+        checked_at: Some(Millis(5)),
+    };
+    let five = sha('5');
+    let (first, second) =
+        ([("version", "0.2.0"), ("sha", five.as_str())], [("version", "0.3.0"), ("sha", five.as_str())]);
+    check(Latest::default(), at(release(2), None), true, &first);
+    check(at(release(2), None), at(release(2), None), true, &[]);
+    check(at(release(2), None), at(release(3), None), true, &second);
+    // Up to date: what runs is the newest, and after an upgrade it still is.
+    check(Latest::default(), at(release(1), None), true, &[]);
+    check(at(release(2), None), at(release(1), None), true, &[]);
+    check(at(release(2), None), at(None, None), true, &[]);
+    // The newest tag was moved or has gone: the one before it is no news.
+    check(at(release(3), None), at(release(2), None), true, &[]);
+    // Heads of the tracking branch, while commits are followed: not the one that runs, and each once.
+    let eight = sha('8');
+    check(at(release(1), None), at(release(1), Some('8')), true, &[("branch_head", eight.as_str())]);
+    check(at(release(1), Some('8')), at(release(1), Some('8')), true, &[]);
+    check(at(release(1), None), at(release(1), Some('1')), true, &[]);
+    check(at(release(1), None), at(release(1), Some('8')), false, &[]);
+    // One line for both.
+    let both = [first[0], first[1], ("branch_head", eight.as_str())];
+    check(at(release(1), None), at(release(2), Some('8')), true, &both);
+}
+
 #[test]
 fn budgets_count_from_the_phase_not_from_the_job() {
     let mut record = record_in(Queued, Mode::Single);
