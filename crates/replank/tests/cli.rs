@@ -10,7 +10,7 @@ use replank::engine::api::Refusal;
 use replank::http::Options;
 use replank_core::phase::Phase;
 use replank_core::ports::Role;
-use replank_core::words::Millis;
+use replank_core::words::{CommitSha, Millis};
 use support::*;
 
 async fn replank(args: &[&str], env: &[(&str, &str)]) -> Output {
@@ -168,6 +168,28 @@ async fn logs_reach_the_terminal_without_their_tricks() {
     let out = world.run(&["logs", "api", "-f", "--json"]).await;
     assert!(text(&out.stdout).starts_with("{\"component\":\"api\",\"line\":\"ok\"}\n"));
     assert_eq!(world.run(&["logs", "nothing"]).await.status.code(), Some(3));
+}
+
+#[tokio::test]
+async fn status_says_whether_what_runs_is_the_newest() {
+    let world = World::new().await;
+    let sha = || CommitSha::new(SHA).unwrap();
+    for (running, latest, expect) in [
+        ("0.1.0", None, "latest       no release found, looked at 2023-11-14 22:13:20 +00:00"),
+        ("0.1.0", Some("0.1.0"), "latest       0.1.0 (0123456789ab), what runs is the newest, looked at 2023-"),
+        ("0.1.0", Some("0.2.0"), "latest       0.2.0 (0123456789ab), looked at 2023-"),
+        // Made of 0.1.0; and newer than what is left at the remote.
+        ("0.1.0-commit.0123456", Some("0.1.0"), "what runs is the newest"),
+        ("0.2.0", Some("0.1.0"), "what runs is the newest"),
+    ] {
+        world.server.engine.set(|record| {
+            record.running.as_mut().unwrap().version = running.parse().unwrap();
+            record.latest.release = latest.map(|version| (version.parse().unwrap(), sha()));
+            record.latest.checked_at = Some(Millis(1_700_000_000_000));
+        });
+        let shown = text(&world.run(&["status"]).await.stdout);
+        assert!(shown.contains(expect), "{running} and {latest:?}: {shown}");
+    }
 }
 
 #[tokio::test]

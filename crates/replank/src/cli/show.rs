@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
-use replank_core::words::Millis;
+use replank_core::words::{Millis, Version};
 use serde_json::Value;
 
 use super::plain;
@@ -94,6 +94,13 @@ fn short(sha: &str) -> &str {
     sha.get(..12).unwrap_or(sha)
 }
 
+/// What runs is the newest release, or is made of it: a commit target counts as its base release (contract §1).
+fn is_newest(row: &Row) -> bool {
+    let base = |text: &str| text.parse::<Version>().ok().map(|version| version.base());
+    let latest = base(&row.latest_version);
+    latest.is_some() && latest <= base(&row.running_version)
+}
+
 pub fn status(out: &mut dyn Write, row: &Row, style: &Style) -> io::Result<()> {
     let clean = |text: &str| plain::line(text, false);
     let mut say = |name: &str, value: String| -> io::Result<()> {
@@ -112,7 +119,8 @@ pub fn status(out: &mut dyn Write, row: &Row, style: &Style) -> io::Result<()> {
             ("", "") => "never looked".to_owned(),
             ("", at) => format!("no release found, looked at {}", style.time(at)),
             (version, at) => {
-                format!("{} ({}), looked at {}", clean(version), clean(short(&row.latest_sha)), style.time(at))
+                let newest = if is_newest(row) { ", what runs is the newest" } else { "" };
+                format!("{} ({}){newest}, looked at {}", clean(version), clean(short(&row.latest_sha)), style.time(at))
             }
         },
     )?;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use replank_core::fault::Fault;
+use replank_core::fault::{Fault, Told};
 use replank_core::ports::{Clock, Ledger, Refs, Source, TagRef};
 use replank_core::record::{Record, Target, TargetKind};
 use replank_core::words::{CommitSha, Millis, Version};
@@ -16,38 +16,85 @@ pub(super) const FRESH_MS: u64 = 15_000;
 /// Contract §2: at most 20 tags are offered.
 pub(super) const OFFERED_MAX: usize = 20;
 
+/// How old an answer about the remote may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Age {
+    /// The remote is asked now.
+    Now,
+    /// The last look, well or not, where it is younger than [`FRESH_MS`]: what is shown is how it stands.
+    Fresh,
+    /// The last good look, where it is younger than so many milliseconds; a failure only while it is younger than both
+    /// this and [`RETRY_MS`], since somebody waits for the remote to be back.
+    Good(u64),
+}
+
+/// A start may ask a remote that failed again after this long.
+const RETRY_MS: u64 = 2_000;
+
+#[derive(Debug, Default)]
+struct Looks {
+    /// When the last good look began.
+    good: Option<(Millis, Refs)>,
+    /// When the last look ended, where it failed.
+    failed: Option<(Millis, Told)>,
+}
+
+impl Looks {
+    /// What is known already, where that is enough for somebody who asked at `asked`.
+    fn known(&self, age: Age, asked: Millis, now: Millis) -> Option<Result<Refs, Told>> {
+        let good =
+            |max: u64| self.good.as_ref().filter(|(at, _)| now.since(*at) < max).map(|(_, refs)| Ok(refs.clone()));
+        let failed =
+            |max: u64| self.failed.as_ref().filter(|(at, _)| now.since(*at) < max).map(|(_, told)| Err(told.clone()));
+        match age {
+            // It failed while this caller waited for its turn: asking again would only make a queue of failures.
+            Age::Now => self.failed.as_ref().filter(|(at, _)| *at > asked).map(|(_, told)| Err(told.clone())),
+            // A failure is always the newer of the two, since a good look ends it.
+            Age::Fresh => failed(FRESH_MS).or_else(|| good(FRESH_MS)),
+            Age::Good(max) => good(max).or_else(|| failed(max.min(RETRY_MS))),
+        }
+    }
+}
+
 /// The last look at the remote. One look at a time: callers that come while it is under way share its result.
 #[derive(Debug)]
 pub(super) struct Remote {
     source: Arc<dyn Source>,
     ledger: Arc<dyn Ledger>,
     clock: Arc<dyn Clock>,
-    last: Mutex<Option<(Millis, Refs)>>,
+    looks: Mutex<Looks>,
 }
 
 impl Remote {
     pub(super) fn new(source: Arc<dyn Source>, ledger: Arc<dyn Ledger>, clock: Arc<dyn Clock>) -> Self {
-        Self { source, ledger, clock, last: Mutex::new(None) }
+        Self { source, ledger, clock, looks: Mutex::default() }
     }
 
     pub(super) fn shown(&self) -> String {
         self.source.remote()
     }
 
-    /// The remote's refs, at most `max_age` old, with moved tags refused.
-    pub(super) async fn refs(&self, max_age: u64) -> Result<Refs, Fault> {
-        let mut last = self.last.lock().await;
+    /// The remote's refs with moved tags refused, or why they cannot be had.
+    pub(super) async fn refs(&self, age: Age) -> Result<Refs, Told> {
+        let asked = self.clock.now();
+        let mut looks = self.looks.lock().await;
         let now = self.clock.now();
-        if let Some((at, refs)) = last.as_ref()
-            && now.since(*at) < max_age
-        {
-            return Ok(refs.clone());
+        if let Some(known) = looks.known(age, asked, now) {
+            return known;
         }
-        let mut refs = self.source.refs().await?;
+        let mut refs = match self.source.refs().await {
+            Ok(refs) => refs,
+            Err(fault) => {
+                let told = fault.told();
+                // From its end: a remote that hangs would otherwise be asked again by everybody who waited.
+                looks.failed = Some((self.clock.now(), told.clone()));
+                return Err(told);
+            }
+        };
         let seen: Vec<(String, CommitSha)> = refs.tags.iter().map(|t| (t.raw_ref.clone(), t.commit.clone())).collect();
         let first = self.ledger.first_seen(&seen, now).await.map_err(|e| {
             let why = describe(&e);
-            Fault::transient(format!("the commits that were seen first could not be read: {why}"))
+            Fault::transient(format!("the commits that were seen first could not be read: {why}")).told()
         })?;
         for tag in &mut refs.tags {
             if let Some(pinned) = first.get(&tag.raw_ref).filter(|pinned| **pinned != tag.commit) {
@@ -57,19 +104,20 @@ impl Remote {
                 ));
             }
         }
-        *last = Some((now, refs.clone()));
+        *looks = Looks { good: Some((now, refs.clone())), failed: None };
         Ok(refs)
     }
 }
 
-/// Newer than what runs, by base release (contract §1). Everything is newer than nothing.
-pub(super) fn is_newer(version: &Version, record: &Record) -> bool {
-    record.running.as_ref().is_none_or(|running| version.base() > running.version.base())
+/// The newest release that is not refused, whether it is newer than what runs or not.
+pub(super) fn newest(refs: &Refs) -> Option<(Version, CommitSha)> {
+    let newest = refs.tags.iter().find(|tag| tag.refused.is_none())?;
+    Some((newest.version.clone(), newest.commit.clone()))
 }
 
 /// Release tags newer than what runs, newest first, as offered and as refused.
 pub(super) fn offer(refs: &Refs, record: &Record) -> (Vec<TagRef>, Vec<TagRef>) {
-    let newer = refs.tags.iter().filter(|tag| is_newer(&tag.version, record)).cloned();
+    let newer = refs.tags.iter().filter(|tag| record.is_behind(&tag.version)).cloned();
     let (offered, refused): (Vec<_>, Vec<_>) = newer.partition(|tag| tag.refused.is_none());
     (offered.into_iter().take(OFFERED_MAX).collect(), refused.into_iter().take(OFFERED_MAX).collect())
 }
@@ -152,7 +200,7 @@ pub(super) fn choose(wanted: &Wanted, refs: &Refs, record: &Record) -> Result<Ta
                     tag.commit
                 )));
             }
-            if !is_newer(version, record) {
+            if !record.is_behind(version) {
                 let running = record.running.as_ref().map(|r| r.version.to_string()).unwrap_or_default();
                 return Err(Refusal::Conflict(format!(
                     "{version} is not newer than what runs ({running}); to go back, use rollback"

@@ -1,6 +1,7 @@
 //! Commands: each loads the record, records one event by compare-and-swap, and wakes the loop.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 
 use async_trait::async_trait;
 use replank_core::event::Event;
@@ -8,11 +9,11 @@ use replank_core::history::Line;
 use replank_core::ports::{EscapeHatch, LedgerError, LogId};
 use replank_core::record::{Actor, Job, Latest, Record};
 use replank_core::transition::{Refused, apply};
-use replank_core::words::{ComponentName, IdempotencyKey, JobId, Nonce};
+use replank_core::words::{ComponentName, IdempotencyKey, JobId, Millis, Nonce};
 use tokio::sync::watch;
 
 use super::api::{Candidates, Engine, Live, LogRead, Preflight, PreflightImage, Refusal, StartRequest};
-use super::candidates::{FRESH_MS, Remote, Wanted, choose, offer, wanted};
+use super::candidates::{Age, FRESH_MS, Remote, Wanted, choose, newest, offer, wanted};
 use super::reconcile::describe;
 use super::setup::{Ports, Setup, Shared};
 
@@ -35,12 +36,14 @@ pub struct LocalEngine {
     setup: Arc<Setup>,
     shared: Arc<Shared>,
     remote: Option<Remote>,
+    /// When a check failed last, in milliseconds; one that went well stands in the record.
+    failed_check: AtomicI64,
 }
 
 impl LocalEngine {
     pub fn new(ports: Ports, setup: Arc<Setup>, shared: Arc<Shared>) -> Self {
         let remote = ports.source.clone().map(|source| Remote::new(source, ports.ledger.clone(), ports.clock.clone()));
-        Self { ports, setup, shared, remote }
+        Self { ports, setup, shared, remote, failed_check: AtomicI64::new(0) }
     }
 
     /// Records what `event` makes of the record as it is; `Ok(Err(record))` ends early with nothing to record.
@@ -166,12 +169,12 @@ impl Engine for LocalEngine {
                 error: None,
             });
         };
-        let (candidates, refused, error) = match remote.refs(FRESH_MS).await {
+        let (candidates, refused, error) = match remote.refs(Age::Fresh).await {
             Ok(refs) => {
                 let (offered, refused) = offer(&refs, &record);
                 (offered, refused, None)
             }
-            Err(fault) => (vec![], vec![], Some(fault.told().sentence())),
+            Err(told) => (vec![], vec![], Some(told.sentence())),
         };
         Ok(Candidates { configured: true, remote: Some(remote.shown()), running_version, candidates, refused, error })
     }
@@ -180,18 +183,20 @@ impl Engine for LocalEngine {
         let remote = self.remote()?;
         let record = self.record().await?;
         let now = self.ports.clock.now();
-        if let Some(at) = record.latest.checked_at
-            && now.since(at) < FRESH_MS
-        {
-            let left = FRESH_MS - now.since(at);
+        // One that failed counts too: a remote in trouble is not helped by being asked more often.
+        let failed = Millis(self.failed_check.load(Ordering::Relaxed));
+        let last = record.latest.checked_at.map_or(failed, |well| well.max(failed));
+        if now.since(last) < FRESH_MS {
+            let left = FRESH_MS - now.since(last);
             return Err(Refusal::TooSoon { retry_after_s: left.div_ceil(1_000).max(1) });
         }
-        let refs = remote.refs(0).await.map_err(|fault| Refusal::Unavailable(fault.told().sentence()))?;
-        self.commit(|record| {
-            let (offered, _) = offer(&refs, record);
-            let release = offered.first().map(|tag| (tag.version.clone(), tag.commit.clone()));
+        let refs = remote.refs(Age::Now).await.map_err(|told| {
+            self.failed_check.store(self.ports.clock.now().0, Ordering::Relaxed);
+            Refusal::Unavailable(told.sentence())
+        })?;
+        self.commit(|_| {
             let branch_head = refs.branch.as_ref().map(|(_, head)| head.clone());
-            let latest = Latest { release, branch_head, checked_at: Some(self.ports.clock.now()) };
+            let latest = Latest { release: newest(&refs), branch_head, checked_at: Some(self.ports.clock.now()) };
             Ok(Ok(Event::RefsSeen { latest }))
         })
         .await
@@ -226,11 +231,11 @@ impl Engine for LocalEngine {
             return Err(refusal(Refused::InFlight { from: record.phase.state() }));
         }
         let remote = self.remote()?;
-        let refs = |age| async move { remote.refs(age).await.map_err(|f| Refusal::Unavailable(f.told().sentence())) };
-        let target = match choose(&wanted, &refs(START_REFS_MS).await?, &record) {
+        let refs = |age| async move { remote.refs(age).await.map_err(|told| Refusal::Unavailable(told.sentence())) };
+        let target = match choose(&wanted, &refs(Age::Good(START_REFS_MS)).await?, &record) {
             Ok(target) => target,
             // What was just published may not be in the last look yet.
-            Err(_) => choose(&wanted, &refs(MISSED_REFS_MS).await?, &record)?,
+            Err(_) => choose(&wanted, &refs(Age::Good(MISSED_REFS_MS)).await?, &record)?,
         };
         let job = self.new_job(actor, &request, target)?;
         let override_quarantine = request.override_quarantine;
