@@ -365,6 +365,11 @@ async fn candidates_and_history_have_the_contract_s_shape() {
         "candidates": [{ "name": "v0.2.0", "raw_ref": "refs/tags/v0.2.0", "commit_sha": SHA }],
         "refused": [{ "name": "v0.3.0", "raw_ref": "refs/tags/v0.3.0", "commit_sha": SHA, "refused": "the tag was moved" }] });
     assert_eq!(found, expect);
+    server.engine.is_alone.store(true, std::sync::atomic::Ordering::SeqCst);
+    let alone = get(&server, READER, "/api/upgrade/candidates").await.json();
+    let expect =
+        json!({ "configured": false, "remote": null, "running_version": "0.1.0", "candidates": [], "refused": [] });
+    assert_eq!(alone, expect, "without a remote");
     let events = get(&server, READER, "/api/upgrade/history?limit=2").await.json();
     assert_eq!(
         events["events"].as_array().unwrap().iter().map(|e| e["n"].as_i64().unwrap()).collect::<Vec<_>>(),

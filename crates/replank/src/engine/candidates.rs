@@ -138,6 +138,10 @@ pub(super) fn wanted(request: &StartRequest) -> Result<Wanted, Refusal> {
         (Some(TargetKind::Commit), Some(v), Some(_)) if v.commit.is_none() => {
             Err(Refusal::Invalid(format!("{v} names a release and target_kind says commit: send only target_sha")))
         }
+        // The version of a commit target is the server's to derive; one that speaks of another commit is a mistake.
+        (_, Some(v), Some(sha)) if v.commit.as_deref().is_some_and(|hex| !sha.as_str().starts_with(hex)) => {
+            Err(Refusal::Invalid(format!("{v} and target_sha {sha} name two commits: send only target_sha")))
+        }
         (Some(TargetKind::Commit), _, Some(sha)) => Ok(Wanted::Commit { sha }),
         (Some(TargetKind::Commit), _, None) => {
             Err(Refusal::Invalid("a commit target needs target_sha, all 40 hex digits of it".to_owned()))
@@ -206,6 +210,13 @@ pub(super) fn choose(wanted: &Wanted, refs: &Refs, record: &Record) -> Result<Ta
                     "{version} is not newer than what runs ({running}); to go back, use rollback"
                 )));
             }
+            let (offered, _) = offer(refs, record);
+            if !offered.iter().any(|offered| offered.version == *version) {
+                return Err(Refusal::Conflict(format!(
+                    "release {} is not among the {OFFERED_MAX} newest, which are what is offered; choose one of the candidates",
+                    version.tag()
+                )));
+            }
             Ok(release(tag))
         }
         Wanted::Commit { sha } => {
@@ -246,3 +257,7 @@ fn release(tag: &TagRef) -> Target {
         raw_ref: tag.raw_ref.clone(),
     }
 }
+
+#[cfg(test)]
+#[path = "candidates_tests.rs"]
+mod tests;

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
@@ -79,6 +79,8 @@ pub struct Double {
     pub live: watch::Sender<Live>,
     /// Given once to the next command instead of success.
     pub refuse: Mutex<Option<Refusal>>,
+    /// No remote is configured.
+    pub is_alone: AtomicBool,
     pub log: Mutex<(Option<Vec<u8>>, bool)>,
     pub grown: Notify,
     pub calls: Mutex<Vec<(String, Actor)>>,
@@ -90,6 +92,7 @@ impl Double {
             record: Mutex::new(record()),
             live: watch::Sender::new(Live::default()),
             refuse: Mutex::default(),
+            is_alone: AtomicBool::new(false),
             log: Mutex::default(),
             grown: Notify::new(),
             calls: Mutex::default(),
@@ -138,6 +141,16 @@ impl Engine for Double {
             tag_object: None,
             refused: refused.map(str::to_owned),
         };
+        if self.is_alone.load(Ordering::SeqCst) {
+            return self.look(Candidates {
+                configured: false,
+                remote: None,
+                running_version: "0.1.0".into(),
+                candidates: vec![],
+                refused: vec![],
+                error: None,
+            });
+        }
         self.look(Candidates {
             configured: true,
             remote: Some("https://user:pw@git.test/shop.git".into()),
