@@ -213,6 +213,71 @@ fn start() -> StartRequest {
     StartRequest { confirm_downtime: true, ..StartRequest::default() }
 }
 
+/// Inside the confirm window: 0.2.0 serves, and 0.1.0 is warm.
+fn confirming() -> Record {
+    let mut record = record();
+    let (old, new) = (deployment("0.1.0", '1'), deployment("0.2.0", '2'));
+    let snapshot = Snapshot {
+        deployment: old.clone(),
+        taken_at: Millis(0),
+        keep_until: Millis(i64::MAX),
+        proved_at: Millis(0),
+        extra: BTreeMap::new(),
+    };
+    let way_back = WayBack::Snapshot(Box::new(snapshot.clone()));
+    let swap = Swap::new(Some(old), new.clone(), Mode::BlueGreen, way_back);
+    (record.snapshot, record.serving, record.job) = (Some(snapshot), Some(new), Some(support::job("0.2.0")));
+    record.phase = Phase::Confirming(Confirming { swap, deadline: Some(Millis(i64::MAX)), flip: None });
+    record
+}
+
+#[tokio::test]
+async fn a_rollback_is_refused_only_where_an_image_is_known_to_be_gone() {
+    let succeeded = || {
+        let mut record = confirming();
+        record.phase = Phase::Succeeded { built_only: None };
+        record
+    };
+    for (registry, local, seen, known, goes) in [
+        (Has, None, true, true, true),
+        (Lacks, None, false, true, false),
+        // Nobody knows: no reason to stand in the way (lesson 24 holds for registries too).
+        (IsAway, None, false, false, true),
+        (Hangs, None, false, false, true),
+        // What this machine holds is enough, whatever the registry says.
+        (Lacks, Some(Has), true, true, true),
+        (IsAway, Some(Has), true, true, true),
+        (Hangs, Some(Has), true, true, true),
+        (Lacks, Some(Lacks), false, true, false),
+        (IsAway, Some(Lacks), false, false, true),
+        (Lacks, Some(IsAway), false, false, true),
+        (Has, Some(IsAway), true, true, true),
+    ] {
+        for record in [confirming(), succeeded()] {
+            let case = format!("registry {registry:?}, this machine {local:?}, {}", record.phase.state().name());
+            let world = World::new(record, registry, local).await;
+            let begun = Instant::now();
+            let preflight = world.engine.preflight().await.unwrap();
+            assert!(begun.elapsed() < Duration::from_secs(20), "{case}: a hurry is no time to wait for a registry");
+            assert_eq!((preflight.available, preflight.images.len()), (goes, 1), "{case}");
+            let image = &preflight.images[0];
+            assert_eq!((image.exists, image.error.is_none()), (seen, known), "{case}: {image:?}");
+            let expect = match (seen, known) {
+                (true, _) => "0.1.0 can be restored",
+                (false, true) => "an image of 0.1.0 is gone",
+                (false, false) => "is not known now",
+            };
+            assert!(preflight.reason.contains(expect), "{case}: {}", preflight.reason);
+            assert!(seen || preflight.reason.contains(&image.image_ref), "{case}: {}", preflight.reason);
+            match (goes, world.engine.rollback(&alice(), "").await) {
+                (true, Ok(record)) => assert_eq!(record.phase.state(), State::RollingBack, "{case}"),
+                (false, Err(Refusal::Conflict(why))) => assert_eq!(why, preflight.reason, "{case}"),
+                (_, other) => panic!("{case}: {other:?}"),
+            }
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_remote_that_fails_is_not_asked_again_for_15_seconds() {
     let world = World::of_remote().await;

@@ -69,13 +69,16 @@ pub struct Candidates {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct PreflightImage {
     pub image_ref: String,
+    /// It was seen. An image that was not is gone where there is no `error`, and may be there where there is one.
     pub exists: bool,
     pub created_on: Option<Millis>,
+    /// Why nobody could say.
     pub error: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Preflight {
+    /// No image is known to be gone.
     pub available: bool,
     pub reason: String,
     pub images: Vec<PreflightImage>,

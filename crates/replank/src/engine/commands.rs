@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use replank_core::event::Event;
 use replank_core::history::Line;
+use replank_core::image::ImageId;
 use replank_core::ports::{EscapeHatch, LedgerError, LogId};
 use replank_core::record::{Actor, Job, Latest, Record};
 use replank_core::transition::{Refused, apply};
@@ -26,6 +28,8 @@ const START_REFS_MS: u64 = 10 * 60_000;
 /// Somebody who starts what was published a moment ago gets it, and a script that asks for what is not there does not
 /// hammer the remote.
 const MISSED_REFS_MS: u64 = 2_000;
+/// Longest wait for a word about one image of the way back: who rolls back is in a hurry, and no word is no refusal.
+const IMAGE_LOOK_MAX: Duration = Duration::from_secs(5);
 /// A loop that has not turned for this long is stuck; its longest regular step is an observation of at most a minute.
 const LOOP_STUCK_MS: u64 = 120_000;
 
@@ -108,6 +112,25 @@ impl LocalEngine {
             build_only: request.build_only || self.ports.platform.is_none(),
             extra: Default::default(),
         })
+    }
+
+    /// Looks for an image of the way back: on this machine first, which is nearest and enough to run it, then in the
+    /// registry. Gone is only what both say is not there: a registry that is away must never stand in a rollback's way.
+    async fn find(&self, image: &ImageId) -> PreflightImage {
+        let image_ref = image.to_string();
+        let mut error = None;
+        let places = [self.ports.local_images.as_deref(), Some(self.ports.registry.as_ref())];
+        for place in places.into_iter().flatten() {
+            match tokio::time::timeout(IMAGE_LOOK_MAX, place.resolve(image)).await {
+                Ok(Ok(Some(stored))) => {
+                    return PreflightImage { image_ref, exists: true, created_on: stored.created_at, error: None };
+                }
+                Ok(Ok(None)) => {}
+                Ok(Err(fault)) => error = Some(fault.told().sentence()),
+                Err(_) => error = Some(format!("there was no answer within {IMAGE_LOOK_MAX:?}")),
+            }
+        }
+        PreflightImage { image_ref, exists: false, created_on: None, error }
     }
 
     fn remote(&self) -> Result<&Remote, Refusal> {
@@ -284,34 +307,24 @@ impl Engine for LocalEngine {
         let Some(swap) = replank_core::transition::reverse_of(&record) else {
             return Ok(none("there is no snapshot to roll back to"));
         };
-        let mut images = Vec::new();
-        for image in swap.to.images.values() {
-            let found = self.ports.registry.resolve(image).await;
-            images.push(match found {
-                Ok(Some(stored)) => PreflightImage {
-                    image_ref: image.to_string(),
-                    exists: true,
-                    created_on: stored.created_at,
-                    error: None,
-                },
-                Ok(None) => {
-                    PreflightImage { image_ref: image.to_string(), exists: false, created_on: None, error: None }
-                }
-                Err(fault) => PreflightImage {
-                    image_ref: image.to_string(),
-                    exists: false,
-                    created_on: None,
-                    error: Some(fault.told().sentence()),
-                },
-            });
-        }
-        let missing: Vec<&str> = images.iter().filter(|i| !i.exists).map(|i| i.image_ref.as_str()).collect();
-        let reason = if missing.is_empty() {
-            format!("{} can be restored", swap.to.version)
-        } else {
-            format!("an image of {} cannot be found: {}", swap.to.version, missing.join(", "))
+        let images = futures_util::future::join_all(swap.to.images.values().map(|image| self.find(image))).await;
+        let those = |which: fn(&PreflightImage) -> bool| -> Vec<&str> {
+            images.iter().filter(|image| which(image)).map(|image| image.image_ref.as_str()).collect()
         };
-        Ok(Preflight { available: missing.is_empty(), reason, images })
+        let gone = those(|image| !image.exists && image.error.is_none());
+        let unknown = those(|image| image.error.is_some());
+        let version = &swap.to.version;
+        let reason = if !gone.is_empty() {
+            format!(
+                "an image of {version} is gone: {}; bring it back under this digest, or start a newer release",
+                gone.join(", ")
+            )
+        } else if !unknown.is_empty() {
+            format!("{version} may be restored; whether its images are there is not known now: {}", unknown.join(", "))
+        } else {
+            format!("{version} can be restored")
+        };
+        Ok(Preflight { available: gone.is_empty(), reason, images })
     }
 
     async fn escape_hatch(&self) -> Result<EscapeHatch, Refusal> {

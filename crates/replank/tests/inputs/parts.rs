@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use replank_testbed::Registry;
 use replank_testbed::repo::Entry;
+use serde_json::Value;
 
-use crate::rig::{JOB_LIMIT, Options, Rig, get, release};
+use crate::rig::{JOB_LIMIT, Options, Rig, get, refused, release, said};
 
 fn with_registry(host: &str, budgets: &'static str) -> Options {
     Options {
@@ -62,13 +63,58 @@ fn a_registry_that_wants_a_sign_in_is_told_at_once() {
     });
     let rig = Rig::prepare(with_registry(&host, ""));
     let out = rig.cli(&["deploy", "0.1.0"]);
-    crate::rig::refused(&out, 1, &["failed_pre", &host, "401", "credentials"]);
+    refused(&out, 1, &["failed_pre", &host, "401", "credentials"]);
     // Mended, the same command goes through.
     let config = rig.home.join("replank.toml");
     let text = std::fs::read_to_string(&config).unwrap();
     std::fs::write(&config, text.replace("push = true", "push = false")).unwrap();
     let out = rig.cli(&["deploy", "0.1.0"]);
-    assert!(out.status.success(), "{}", crate::rig::said(&out));
+    assert!(out.status.success(), "{}", said(&out));
+}
+
+#[test]
+fn a_rollback_needs_no_registry_until_an_image_is_gone_everywhere() {
+    let registry = Registry::start(IpAddr::V4(Ipv4Addr::LOCALHOST)).unwrap();
+    let mut rig = Rig::start(with_registry(&registry.name(), ""));
+    // It wants 0.1.0 all the time.
+    rig.watch = None;
+    rig.publish("0.2.0", &release("0.2.0"));
+    let row = rig.run("0.2.0");
+    assert_eq!(row["state"], "succeeded", "{row}\n{}", rig.told());
+    let preflight =
+        |rig: &Rig| -> Value { serde_json::from_str(&rig.get("/api/upgrade/rollback-preflight").1).unwrap() };
+
+    registry.stop().unwrap();
+    let found = preflight(&rig);
+    assert!(found["available"] == true && found["images"][0]["exists"] == true, "{found}");
+    let out = rig.cli(&["rollback", "--reason", "the registry is away"]);
+    assert!(out.status.success() && said(&out).contains("0.1.0 runs"), "{}\n{}", said(&out), rig.told());
+    let (code, body) = get(rig.web, "/version", "").unwrap();
+    assert_eq!((code, body.trim()), (200, "version=0.1.0;"));
+
+    registry.start_again().unwrap();
+    let out = rig.cli(&["start", "0.2.0", "--yes", "--override-quarantine"]);
+    assert!(out.status.success(), "{}\n{}", said(&out), rig.told());
+    let image = preflight(&rig)["images"][0]["image_ref"].as_str().unwrap().to_owned();
+    // Gone from the registry alone: this machine can still start it.
+    registry.stop().unwrap();
+    std::fs::remove_dir_all(registry.storage().unwrap().join("docker")).unwrap();
+    registry.start_again().unwrap();
+    assert_eq!(preflight(&rig)["available"], true);
+    let docker = |arguments: &[&str]| rig.engine.docker(arguments).unwrap();
+    let id = docker(&["image", "inspect", "-f", "{{.Id}}", &image]);
+    for container in docker(&["ps", "-aq", "--filter", &format!("ancestor={id}")]).lines() {
+        docker(&["rm", "-f", container]);
+    }
+    docker(&["rmi", "-f", &id]);
+    let found = preflight(&rig);
+    let gone = &found["images"][0];
+    assert!(found["available"] == false && gone["exists"] == false && gone["error"] == "", "{found}");
+    let line = refused(&rig.cli(&["rollback"]), 3, &["0.1.0 is gone", &image]);
+    assert!(line.contains(found["reason"].as_str().unwrap()), "{line}");
+    // Nothing was touched.
+    let (_, body) = get(rig.web, "/version", "").unwrap();
+    assert_eq!((body.trim(), &rig.status()["state"]), ("version=0.2.0;", &"succeeded".into()));
 }
 
 #[test]
