@@ -373,3 +373,19 @@ async fn who_is_up_to_date_sees_the_newest_release_and_the_history_no_news() {
     assert_eq!(latest.release.unwrap().0.to_string(), "0.1.0");
     assert_eq!(world.events().await.len(), 1);
 }
+
+#[tokio::test]
+async fn a_failed_fetch_says_what_git_said_and_no_secret() {
+    let world = World::of_remote().await;
+    world.remote.offers(&["0.2.0"]);
+    world.engine.start(&alice(), start()).await.unwrap();
+    let reconciler = Reconciler::new(world.ports.clone(), world.setup.clone(), world.shared.clone());
+    let run = reconciler.run(|record| !record.phase.state().in_flight());
+    tokio::time::timeout(Duration::from_secs(60), run).await.expect("the job ends");
+    let record = world.engine.record().await.unwrap();
+    let Phase::FailedPre { fault } = &record.phase else { panic!("{:?}", record.phase) };
+    let expect = "git clone failed: exit code 128: the fetch said last: $ git clone --depth 1 https://git.test/shop.git | \
+                  remote: hello *** | fatal: the pack is damaged";
+    assert_eq!((fault.what.as_str(), fault.advice.as_str()), (expect, "have it mended"));
+    assert!(!serde_json::to_string(&world.events().await).unwrap().contains(SECRET));
+}

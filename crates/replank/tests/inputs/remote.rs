@@ -37,6 +37,9 @@ fn a_remote_that_is_away_or_hostile_is_told_and_nothing_else_stops() {
     look(&mut rig, "has control characters in a name", &[]);
     rig.git.set_fault(Fault::None);
     rig.goes_on("0.2.0");
+    // What git was told and said is where the advice of a failed fetch sends people.
+    let told = rig.told();
+    assert!(told.contains("fetch: $ git clone --depth 1") && told.contains("fetch: Cloning into"), "{told}");
 }
 
 /// Candidates say what is wrong with the remote, a check fails with one line, and no job begins.
