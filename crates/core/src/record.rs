@@ -129,7 +129,7 @@ pub struct Target {
 /// Who asked.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Actor {
-    /// The identity's stable id: an Entra object id, a token's id, or `system`.
+    /// The identity's stable id: an Entra object id, a token's id, `uid:N` for a user of the machine, or `system`.
     pub oid: String,
     /// A name for people; may be empty.
     #[serde(default)]

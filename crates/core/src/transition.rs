@@ -48,9 +48,11 @@ pub fn next(record: &Record, event: &Event, now: Millis) -> Result<Phase, Refuse
                 Some(_) | None => Ok(Phase::Queued),
             }
         }
-        Event::TrackCommits { .. } | Event::RefsSeen { .. } | Event::TookOver { .. } | Event::HandedOver { .. } => {
-            Ok(phase)
-        }
+        Event::TrackCommits { .. }
+        | Event::TokenChanged { .. }
+        | Event::RefsSeen { .. }
+        | Event::TookOver { .. }
+        | Event::HandedOver { .. } => Ok(phase),
         Event::RollbackStarted { reason, .. } => {
             let swap = reverse_of(record).ok_or(match from {
                 State::RollingOut
@@ -368,13 +370,22 @@ pub fn apply(record: &Record, event: &Event, now: Millis) -> Result<Commit, Refu
                 audit = audit.with("to_version", swap.to.version.to_string());
             }
         }
-        Event::Cancelled { actor, reason } | Event::Reset { actor, reason } => {
+        Event::Cancelled { actor, reason } | Event::Reset { actor, reason } | Event::Kept { actor, reason } => {
             audit = audit.with("actor", json!(actor)).with("reason", reason.clone());
         }
-        Event::Kept { actor } => audit = audit.with("actor", json!(actor)),
         Event::TrackCommits { actor, on } => {
             new.track_commits = *on;
             audit = audit.with("actor", json!(actor)).with("on", *on);
+        }
+        Event::TokenChanged { actor, id, name, role, change, reason } => {
+            // No job's doing, whichever one happens to be there.
+            audit = Audit::new(now, None, event.name())
+                .with("actor", json!(actor))
+                .with("token_id", id.clone())
+                .with("token", name.clone())
+                .with("role", json!(role))
+                .with("change", json!(change))
+                .with("reason", reason.clone());
         }
         Event::RefsSeen { latest } => {
             new.latest = latest.clone();

@@ -6,9 +6,10 @@ mod support;
 
 use std::collections::BTreeSet;
 
-use replank_core::event::Event;
+use replank_core::event::{Event, TokenChange};
 use replank_core::fault::Told;
 use replank_core::phase::*;
+use replank_core::ports::Role;
 use replank_core::record::*;
 use replank_core::transition::{Refused, apply, next};
 use replank_core::words::*;
@@ -69,8 +70,16 @@ fn events(record: &Record) -> Vec<Event> {
         Event::RollbackStarted { actor: actor(), reason: String::new() },
         Event::Cancelled { actor: actor(), reason: String::new() },
         Event::Reset { actor: actor(), reason: String::new() },
-        Event::Kept { actor: actor() },
+        Event::Kept { actor: actor(), reason: String::new() },
         Event::TrackCommits { actor: actor(), on: false },
+        Event::TokenChanged {
+            actor: actor(),
+            id: String::new(),
+            name: String::new(),
+            role: Role::Reader,
+            change: TokenChange::Revoked,
+            reason: String::new(),
+        },
         Event::RefsSeen { latest: Latest::default() },
         Event::HandedOver { to: ControllerId::Host },
         Event::TookOver { by: ControllerId::Host },
@@ -102,6 +111,7 @@ fn events(record: &Record) -> Vec<Event> {
             | Event::Reset { .. }
             | Event::Kept { .. }
             | Event::TrackCommits { .. }
+            | Event::TokenChanged { .. }
             | Event::RefsSeen { .. }
             | Event::HandedOver { .. }
             | Event::TookOver { .. }
@@ -293,6 +303,40 @@ fn a_look_is_an_event_only_when_something_newer_appeared() {
     // One line for both.
     let both = [first[0], first[1], ("branch_head", eight.as_str())];
     check(at(release(1), None), at(release(2), Some('8')), true, &both);
+}
+
+#[test]
+fn a_changed_token_is_one_line_and_changes_nothing_else() {
+    for state in State::ALL {
+        let record = record_in(state, Mode::BlueGreen);
+        let event = Event::TokenChanged {
+            actor: Actor { oid: "uid:0".to_owned(), name: "alice".to_owned(), from: "host".to_owned() },
+            id: "token:1".to_owned(),
+            name: "robot".to_owned(),
+            role: Role::Admin,
+            change: TokenChange::Created,
+            reason: "night shift".to_owned(),
+        };
+        let mut commit = apply(&record, &event, Millis(5)).unwrap();
+        let line: serde_json::Value = serde_json::from_slice(&commit.lines[0].bytes).unwrap();
+        let expect = serde_json::json!({ "ts": Millis(5).rfc3339(), "job_id": "", "event": "token_changed",
+            "prev_hash": line["prev_hash"], "actor": { "oid": "uid:0", "name": "alice", "from": "host" },
+            "token_id": "token:1", "token": "robot", "role": "admin", "change": "created", "reason": "night shift" });
+        assert_eq!(line, expect, "{}", state.name());
+        (commit.record.history, commit.record.updated_at) = (record.history.clone(), record.updated_at);
+        assert_eq!(commit.record, record, "{}", state.name());
+    }
+}
+
+#[test]
+fn a_confirmation_says_why() {
+    let mut open = record_in(Confirming, Mode::BlueGreen);
+    let Phase::Confirming(c) = &mut open.phase else { unreachable!() };
+    (c.flip, c.deadline) = (None, Some(Millis(9)));
+    let event = Event::Kept { actor: actor(), reason: "looks good".to_owned() };
+    let commit = apply(&open, &event, Millis(5)).unwrap();
+    let line: serde_json::Value = serde_json::from_slice(&commit.lines[0].bytes).unwrap();
+    assert_eq!((line["event"].as_str(), line["reason"].as_str()), (Some("kept"), Some("looks good")));
 }
 
 #[test]

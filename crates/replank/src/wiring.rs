@@ -45,9 +45,19 @@ pub struct DeployArgs {
     pub json: bool,
 }
 
-/// The token store, for `replank token`.
+/// The token store, for `replank token list` and `replank history --refusals`.
 pub async fn tokens(settings: &Settings) -> anyhow::Result<Arc<dyn Tokens>> {
     Ok(assemble::open_ledger(settings).await?.1)
+}
+
+/// The token store, and the history that its changes go into.
+pub async fn token_changes(settings: &Settings) -> anyhow::Result<(Arc<dyn Tokens>, Arc<dyn Ledger>)> {
+    let (_, ledger) = assemble::open_ledger(settings).await?;
+    if let Err(error) = assemble::first_record(ledger.as_ref(), settings).await {
+        // Whoever needs the record is told by what it cannot do without one; a token can be revoked all the same.
+        tracing::warn!(error = %format!("{error:#}"), "the record cannot be read");
+    }
+    Ok((ledger.clone(), ledger))
 }
 
 /// The ledger, for `replank history --verify`.

@@ -4,13 +4,17 @@
 mod support;
 
 use std::process::Output;
+use std::sync::Arc;
 use std::time::Duration;
 
 use replank::engine::api::Refusal;
 use replank::http::Options;
-use replank_core::phase::Phase;
-use replank_core::ports::Role;
-use replank_core::words::{CommitSha, Millis};
+use replank_adapters::ledger::sqlite::SqliteLedger;
+use replank_adapters::sqlite::Store;
+use replank_core::phase::*;
+use replank_core::ports::{Ledger as _, Role};
+use replank_core::record::Actor;
+use replank_core::words::*;
 use support::*;
 
 async fn replank(args: &[&str], env: &[(&str, &str)]) -> Output {
@@ -196,28 +200,50 @@ async fn status_says_whether_what_runs_is_the_newest() {
 async fn tokens_go_into_new_private_files_only() {
     use replank::cli::tokens;
     use std::os::unix::fs::PermissionsExt as _;
-    let store = MemoryTokens::default();
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("t");
-    let now = Millis(1_000);
-    let token = tokens::create(&store, "alice", Role::Admin, Some(60_000), &file, now).await.unwrap();
+    let ledger = Store::open(dir.path().join("ledger")).await.unwrap();
+    let ledger = Arc::new(SqliteLedger::new(ledger, AppName::new("shop").unwrap()));
+    ledger.commit(None, &record(), &[]).await.unwrap();
+    let store = tokens::Changes {
+        tokens: ledger.clone(),
+        ledger: ledger.clone(),
+        clock: Arc::new(Hand(1_000.into())),
+        actor: Actor { oid: "uid:7".into(), name: "root".into(), from: "host".into() },
+        reason: "a new colleague".into(),
+    };
+    let token = store.create("alice", Role::Admin, Some(60_000), &file).await.unwrap();
     assert_eq!(token.expires_at, Some(Millis(61_000)));
     assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
     let secret = std::fs::read_to_string(&file).unwrap();
     assert_eq!(replank::http::hash_secret(secret.trim()), token.hash);
     assert!(secret.starts_with("rpk_") && secret.trim().len() == 68);
     // An existing file, a link and a taken name: nothing is overwritten and nothing stays behind.
-    assert!(tokens::create(&store, "bob", Role::Reader, None, &file, now).await.is_err());
+    assert!(store.create("bob", Role::Reader, None, &file).await.is_err());
     let link = dir.path().join("link");
     std::os::unix::fs::symlink(dir.path().join("elsewhere"), &link).unwrap();
-    assert!(tokens::create(&store, "bob", Role::Reader, None, &link, now).await.is_err());
+    assert!(store.create("bob", Role::Reader, None, &link).await.is_err());
     let second = dir.path().join("second");
-    assert!(tokens::create(&store, "alice", Role::Reader, None, &second, now).await.is_err());
+    assert!(store.create("alice", Role::Reader, None, &second).await.is_err());
     assert!(!second.exists());
-    assert!(tokens::create(&store, "a b", Role::Reader, None, &second, now).await.is_err());
+    assert!(store.create("a b", Role::Reader, None, &second).await.is_err());
     assert_eq!(std::fs::read_to_string(&file).unwrap(), secret);
-    tokens::revoke(&store, "alice", now).await.unwrap();
-    assert!(tokens::revoke(&store, "alice", now).await.is_err());
+    store.revoke("alice").await.unwrap();
+    assert!(store.revoke("alice").await.is_err());
+    let long = tokens::Changes { reason: "x".repeat(281), ..store };
+    assert!(long.create("carol", Role::Reader, None, &second).await.is_err() && !second.exists());
+    // What was done is in the history, and only that; of the secret, nothing.
+    let lines = ledger.history(0, 100).await.unwrap();
+    let events: Vec<serde_json::Value> = lines.iter().map(|l| serde_json::from_slice(&l.bytes).unwrap()).collect();
+    let told: Vec<_> = events.iter().map(|e| (&e["event"], &e["change"], &e["token"], &e["token_id"])).collect();
+    let (event, id, alice) = ("token_changed".into(), token.id.as_str().into(), "alice".into());
+    assert_eq!(told, [(&event, &"created".into(), &alice, &id), (&event, &"revoked".into(), &alice, &id)]);
+    for event in &events {
+        assert_eq!((&event["role"], &event["reason"]), (&"admin".into(), &"a new colleague".into()));
+        assert_eq!(event["actor"], serde_json::json!({ "oid": "uid:7", "name": "root", "from": "host" }));
+        let text = event.to_string();
+        assert!(!text.contains(secret.trim()) && !text.contains(token.hash.as_str()), "{text}");
+    }
     for (text, expect) in [
         ("90d", Some(Some(7_776_000_000))),
         ("12h", Some(Some(43_200_000))),

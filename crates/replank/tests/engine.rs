@@ -389,3 +389,15 @@ async fn a_failed_fetch_says_what_git_said_and_no_secret() {
     assert_eq!((fault.what.as_str(), fault.advice.as_str()), (expect, "have it mended"));
     assert!(!serde_json::to_string(&world.events().await).unwrap().contains(SECRET));
 }
+
+#[tokio::test]
+async fn a_confirmation_keeps_its_reason() {
+    let world = World::new(confirming(), Has, None).await;
+    let long = "x".repeat(281);
+    assert!(matches!(world.engine.keep(&alice(), &long).await, Err(Refusal::Invalid(_))));
+    world.engine.keep(&alice(), "the numbers are fine").await.unwrap();
+    let events = world.events().await;
+    let kept = &events[events.len() - 1];
+    assert_eq!((&kept["event"], &kept["reason"]), (&"kept".into(), &"the numbers are fine".into()), "{events:?}");
+    assert_eq!(kept["actor"]["name"], "alice");
+}

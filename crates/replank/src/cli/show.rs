@@ -189,6 +189,20 @@ pub fn candidates(out: &mut dyn Write, found: &Value, style: &Style) -> io::Resu
     Ok(())
 }
 
+pub fn refusals(out: &mut dyn Write, refusals: &[Value], style: &Style) -> io::Result<()> {
+    if refusals.is_empty() {
+        return writeln!(out, "nothing was refused");
+    }
+    let row = |refusal: &Value| {
+        let text = |name: &str| plain::line(refusal[name].as_str().unwrap_or_default(), false);
+        let who = [text("name"), text("actor"), "nobody".to_owned()].into_iter().find(|who| !who.is_empty());
+        vec![style.time(&text("ts")), who.unwrap_or_default(), text("from"), text("action"), text("why")]
+    };
+    let mut rows = vec![["TIME", "WHO", "FROM", "WHAT", "WHY NOT"].map(str::to_owned).to_vec()];
+    rows.extend(refusals.iter().map(row));
+    table(out, &rows)
+}
+
 pub fn history(out: &mut dyn Write, events: &[Value], style: &Style) -> io::Result<()> {
     if events.is_empty() {
         return writeln!(out, "nothing has happened yet");

@@ -120,7 +120,7 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     async fn rollback(&self, actor: &Actor, reason: &str) -> Result<Record, Refusal>;
     async fn cancel(&self, actor: &Actor, reason: &str) -> Result<Record, Refusal>;
     /// Ends the confirm window early: keep.
-    async fn keep(&self, actor: &Actor) -> Result<Record, Refusal>;
+    async fn keep(&self, actor: &Actor, reason: &str) -> Result<Record, Refusal>;
     async fn reset(&self, actor: &Actor, reason: &str) -> Result<Record, Refusal>;
     async fn preflight(&self) -> Result<Preflight, Refusal>;
     async fn escape_hatch(&self) -> Result<EscapeHatch, Refusal>;

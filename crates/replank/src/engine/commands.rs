@@ -289,8 +289,9 @@ impl Engine for LocalEngine {
         self.commit(|_| Ok(Ok(Event::Cancelled { actor: actor.clone(), reason: reason.to_owned() }))).await
     }
 
-    async fn keep(&self, actor: &Actor) -> Result<Record, Refusal> {
-        self.commit(|_| Ok(Ok(Event::Kept { actor: actor.clone() }))).await
+    async fn keep(&self, actor: &Actor, reason: &str) -> Result<Record, Refusal> {
+        checked_reason(reason)?;
+        self.commit(|_| Ok(Ok(Event::Kept { actor: actor.clone(), reason: reason.to_owned() }))).await
     }
 
     async fn reset(&self, actor: &Actor, reason: &str) -> Result<Record, Refusal> {

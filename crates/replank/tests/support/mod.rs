@@ -183,8 +183,8 @@ impl Engine for Double {
     async fn cancel(&self, actor: &Actor, _: &str) -> Result<Record, Refusal> {
         self.command("cancel", actor)
     }
-    async fn keep(&self, actor: &Actor) -> Result<Record, Refusal> {
-        self.command("keep", actor)
+    async fn keep(&self, actor: &Actor, reason: &str) -> Result<Record, Refusal> {
+        self.command(&format!("keep {reason}"), actor)
     }
     async fn reset(&self, actor: &Actor, _: &str) -> Result<Record, Refusal> {
         self.command("reset", actor)
