@@ -138,3 +138,14 @@ async fn refusals_can_be_read() {
     assert!(lines[1].ends_with("commit 0123 is quarantined␛[2J"), "no tricks on the terminal: {shown}");
     assert_eq!(home.run(&["history", "--refusals", "--verify"]).status.code(), Some(2));
 }
+
+#[test]
+fn a_deployment_that_cannot_begin_is_told_to_scripts_as_one_error() {
+    let home = Home::new();
+    let config = format!("{CONFIG}[docker]\nsocket = \"{}\"\n", home.path().join("no.sock").display());
+    std::fs::write(home.path().join("replank.toml"), config).unwrap();
+    let out = home.run(&["deploy", "--json"]);
+    assert_eq!((out.status.code(), text(&out.stdout).as_str()), (Some(1), ""), "{}", text(&out.stderr));
+    let error: Value = serde_json::from_slice(&out.stderr).unwrap();
+    assert!(error["error"].as_str().unwrap().contains("no.sock") && error["code"] == 1, "{error}");
+}

@@ -2,6 +2,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, TcpListener};
+use std::process::Output;
 use std::time::Duration;
 
 use replank_testbed::Registry;
@@ -64,12 +65,35 @@ fn a_registry_that_wants_a_sign_in_is_told_at_once() {
     let rig = Rig::prepare(with_registry(&host, ""));
     let out = rig.cli(&["deploy", "0.1.0"]);
     refused(&out, 1, &["failed_pre", &host, "401", "credentials"]);
+    // A script reads the same in rows, as from `start --json`. Standard error ends with the one error; nothing there is told
+    // to people but warnings.
+    let out = rig.cli(&["deploy", "0.1.0", "--json"]);
+    assert_eq!(out.status.code(), Some(1), "{}", said(&out));
+    let rows = rows(&out);
+    let (first, last) = (&rows[0], &rows[rows.len() - 1]);
+    assert!(rows.len() > 2 && first["state"] == "queued", "{rows:?}");
+    assert_eq!((&last["state"], &last["target_version"]), (&"failed_pre".into(), &"0.1.0".into()), "{last}");
+    assert!(last["failure"].as_str().unwrap().contains("401") && last["running_version"] == "", "{last}");
+    let told = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(!told.contains(" s  building"), "{told}");
+    let error: Value = serde_json::from_str(told.lines().last().unwrap()).unwrap();
+    assert!(error["code"] == 1 && error["error"].as_str().unwrap().contains("credentials"), "{error}");
     // Mended, the same command goes through.
     let config = rig.home.join("replank.toml");
     let text = std::fs::read_to_string(&config).unwrap();
     std::fs::write(&config, text.replace("push = true", "push = false")).unwrap();
-    let out = rig.cli(&["deploy", "0.1.0"]);
-    assert!(out.status.success(), "{}", said(&out));
+    let out = rig.cli(&["deploy", "0.1.0", "--json"]);
+    assert!(out.status.success() && !said(&out).contains("runs as revision"), "{}", said(&out));
+    let rows = self::rows(&out);
+    let last = &rows[rows.len() - 1];
+    assert_eq!((&last["state"], &last["running_version"]), (&"succeeded".into(), &"0.1.0".into()), "{last}");
+    assert!(last["running_revision"].as_str().is_some_and(|revision| !revision.is_empty()), "{last}");
+}
+
+/// Standard output as rows, one on each line.
+fn rows(out: &Output) -> Vec<Value> {
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
 #[test]
@@ -112,9 +136,11 @@ fn a_rollback_needs_no_registry_until_an_image_is_gone_everywhere() {
     assert!(found["available"] == false && gone["exists"] == false && gone["error"] == "", "{found}");
     let line = refused(&rig.cli(&["rollback"]), 3, &["0.1.0 is gone", &image]);
     assert!(line.contains(found["reason"].as_str().unwrap()), "{line}");
-    // Nothing was touched.
+    // Nothing was touched, and whoever tried is written down.
     let (_, body) = get(rig.web, "/version", "").unwrap();
     assert_eq!((body.trim(), &rig.status()["state"]), ("version=0.2.0;", &"succeeded".into()));
+    let told = said(&rig.cli(&["history", "--refusals"]));
+    assert!(told.contains("admin") && told.contains("POST /api/upgrade/rollback") && told.contains(&image), "{told}");
 }
 
 #[test]
