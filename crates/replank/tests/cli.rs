@@ -3,7 +3,7 @@
 
 mod support;
 
-use std::process::Output;
+use std::process::{Output, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,11 +11,14 @@ use replank::engine::api::Refusal;
 use replank::http::Options;
 use replank_adapters::ledger::sqlite::SqliteLedger;
 use replank_adapters::sqlite::Store;
+use replank_core::fault::Told;
 use replank_core::phase::*;
 use replank_core::ports::{Ledger as _, Role};
 use replank_core::record::Actor;
 use replank_core::words::*;
+use rustix::process::{Pid, Signal, kill_process};
 use support::*;
+use tokio::io::{AsyncBufReadExt as _, BufReader};
 
 async fn replank(args: &[&str], env: &[(&str, &str)]) -> Output {
     let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_replank"));
@@ -172,6 +175,87 @@ async fn logs_reach_the_terminal_without_their_tricks() {
     let out = world.run(&["logs", "api", "-f", "--json"]).await;
     assert!(text(&out.stdout).starts_with("{\"component\":\"api\",\"line\":\"ok\"}\n"));
     assert_eq!(world.run(&["logs", "nothing"]).await.status.code(), Some(3));
+}
+
+/// Puts the job into each phase in turn, long enough for the watcher's stream to have it: states between two events are
+/// skipped on purpose.
+async fn drive(engine: Arc<Double>, phases: Vec<Phase>) {
+    let state = || engine.record.lock().unwrap().phase.state();
+    while !state().in_flight() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    for phase in phases {
+        tokio::time::sleep(Duration::from_millis(600)).await;
+        engine.set(|record| record.phase = phase);
+    }
+}
+
+fn building() -> Phase {
+    let recipe = Recipe {
+        dockerfile: "Dockerfile".into(),
+        context: ".".into(),
+        target: None,
+        args: Default::default(),
+        platform: None,
+        secrets: vec![],
+        repository: "shop-api".into(),
+    };
+    let fetched = Fetched { recipes: [(name("api"), recipe)].into(), manifest: serde_json::Value::Null };
+    let build = Build { attempt: 1, intended_at: Millis(0), built: None };
+    Phase::Building(Building { fetched, builds: [(name("api"), build)].into() })
+}
+
+#[tokio::test]
+async fn a_job_that_fails_ends_with_1_and_the_end_of_what_failed() {
+    let world = World::new().await;
+    let lines: String = (0..100).map(|n| format!("step {n}\n")).collect();
+    world.server.engine.grow(format!("{lines}\x1b[2Jcc: no such file\n").as_bytes(), true);
+    let fault = Told::permanent("the build of api failed with exit code 1", "mend the Dockerfile");
+    let failed = || Phase::FailedPre { fault: fault.clone() };
+
+    let driver = tokio::spawn(drive(world.server.engine.clone(), vec![building(), failed()]));
+    let out = world.run(&["start", "0.2.0", "--yes"]).await;
+    driver.await.unwrap();
+    let (told, last) = (text(&out.stderr), text(&out.stdout));
+    assert_eq!(out.status.code(), Some(1), "{told}{last}");
+    assert!(last.contains("failed_pre") && last.contains("0.1.0 runs"), "{last}");
+    assert!(last.contains("the build of api failed with exit code 1; mend the Dockerfile"), "{last}");
+    assert!(told.contains("end of the log of api (all of it: replank logs api --job job-1)"), "{told}");
+    assert!(told.contains("\n  step 99\n  ␛[2Jcc: no such file\n"), "{told}");
+    assert!(told.contains("  step 81\n") && !told.contains("  step 80\n"), "the end alone: {told}");
+
+    // For scripts: the last row says it, and nothing else is mixed in.
+    let driver = tokio::spawn(drive(world.server.engine.clone(), vec![building(), failed()]));
+    let out = world.run(&["start", "0.2.0", "--yes", "--json"]).await;
+    driver.await.unwrap();
+    assert_eq!((out.status.code(), text(&out.stderr).as_str()), (Some(1), ""));
+    let row: serde_json::Value = serde_json::from_str(text(&out.stdout).lines().last().unwrap()).unwrap();
+    assert_eq!((&row["state"], &row["failure"]), (&"failed_pre".into(), &fault.what.as_str().into()));
+}
+
+#[tokio::test]
+async fn ctrl_c_ends_the_watching_with_130_and_not_the_job() {
+    let world = World::new().await;
+    let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_replank"));
+    command.args(["start", "0.2.0", "--yes"]).env_clear().current_dir(std::env::temp_dir()).kill_on_drop(true);
+    command.env("REPLANK_URL", &world.url).env("REPLANK_TOKEN_FILE", world.token.path());
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut told = BufReader::new(child.stderr.take().unwrap()).lines();
+    let mut next =
+        async || tokio::time::timeout(Duration::from_secs(60), told.next_line()).await.expect("in time").unwrap();
+    // It watches once it has said so, and from then on the signal is caught.
+    let first = next().await.unwrap();
+    assert!(first.contains("queued"), "{first}");
+    let pid = Pid::from_raw(child.id().unwrap().try_into().unwrap()).unwrap();
+    kill_process(pid, Signal::INT).unwrap();
+    let ended = tokio::time::timeout(Duration::from_secs(60), child.wait()).await.expect("it ends").unwrap();
+    assert_eq!(ended.code(), Some(130), "{ended}");
+    let last = next().await.unwrap();
+    assert!(last.contains("job job-1 goes on") && last.contains("replank cancel"), "{last}");
+    let engine = &world.server.engine;
+    assert_eq!(engine.record.lock().unwrap().phase, Phase::Queued);
+    assert!(!engine.calls.lock().unwrap().iter().any(|(what, _)| what == "cancel"));
 }
 
 #[tokio::test]

@@ -103,6 +103,41 @@ fn changes_of_tokens_are_in_the_history_from_the_first_one_on() {
     assert_eq!(home.json(&["history", "--verify"])["lines"], 3);
 }
 
+#[test]
+fn a_changed_byte_of_the_history_is_not_consistent() {
+    let home = Home::new();
+    assert_eq!(home.well(&["history", "--verify"]), "there is no history yet\n");
+    for name in ["one", "two", "three"] {
+        home.well(&["token", "create", name]);
+    }
+    assert_eq!(home.well(&["history", "--verify"]), "consistent with anchor: 3 events\n");
+    let refused = |why: &str| {
+        let out = home.run(&["history", "--verify"]);
+        let told = text(&out.stderr);
+        assert_eq!((out.status.code(), text(&out.stdout).as_str()), (Some(1), ""), "{told}");
+        assert!(told.contains("NOT consistent") && told.contains(why) && told.contains("keep a copy"), "{told}");
+        let out = home.run(&["history", "--verify", "--json"]);
+        let error: Value = serde_json::from_slice(&out.stderr).unwrap();
+        assert_eq!((out.status.code(), &error["code"]), (Some(1), &1.into()));
+    };
+    let lines = |sql: &str| assert_eq!(home.database().execute(sql, []).unwrap(), 1, "{sql}");
+    let change = |seq: u8, from: &str, to: &str| {
+        lines(&format!(
+            "UPDATE history SET bytes = CAST(replace(CAST(bytes AS TEXT), '{from}', '{to}') AS BLOB) WHERE seq = {seq}"
+        ));
+    };
+    // One byte, in a line that others follow, and in the last one.
+    change(1, "reader", "readed");
+    refused("line 2 does not follow");
+    change(1, "readed", "reader");
+    change(2, "created", "createt");
+    refused("not the one that the record anchors");
+    change(2, "createt", "created");
+    assert_eq!(home.well(&["history", "--verify"]), "consistent with anchor: 3 events\n");
+    lines("DELETE FROM history WHERE seq = 2");
+    refused("anchors 3 lines and 2 were found");
+}
+
 #[tokio::test]
 async fn refusals_can_be_read() {
     let home = Home::new();
@@ -148,4 +183,26 @@ fn a_deployment_that_cannot_begin_is_told_to_scripts_as_one_error() {
     assert_eq!((out.status.code(), text(&out.stdout).as_str()), (Some(1), ""), "{}", text(&out.stderr));
     let error: Value = serde_json::from_slice(&out.stderr).unwrap();
     assert!(error["error"].as_str().unwrap().contains("no.sock") && error["code"] == 1, "{error}");
+}
+
+#[test]
+fn the_development_bypass_is_refused_where_the_application_is_deployed() {
+    for (variable, value, parts) in [
+        ("CONTAINER_APP_NAME", "shop", ["--dev is refused where CONTAINER_APP_NAME is set", "sign in with a token"]),
+        ("REPLANK_REVISION", "v0-1-0-abcdef", ["--dev is refused inside a deployed revision", "sign in with a token"]),
+    ] {
+        for bypass in [vec![], vec![("AUTH_DEV_BYPASS", "true")]] {
+            let home = Home::new();
+            let out = home.run_with(&["serve", "--dev"], &[&bypass[..], &[(variable, value)]].concat());
+            let told = text(&out.stderr);
+            assert_eq!(out.status.code(), Some(2), "{variable}: {told}");
+            let line = told.lines().find(|line| line.starts_with("replank: ")).unwrap_or_default();
+            assert!(parts.iter().all(|part| line.contains(part)) && line.contains(variable), "{told}");
+            assert!(!home.ledger_dir().exists(), "{variable}: something was made all the same");
+        }
+    }
+    let home = Home::new();
+    let out = home.run_with(&["serve", "--dev", "--listen", "0.0.0.0:0"], &[]);
+    assert_eq!(out.status.code(), Some(2));
+    assert!(text(&out.stderr).contains("--dev needs a loopback address"), "{}", text(&out.stderr));
 }
