@@ -4,8 +4,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::fault::Told;
 use crate::phase::{Built, Fetched, Op, WayBack};
+use crate::ports::Role;
 use crate::record::{Actor, ControllerId, Deployment, Job, Latest};
 use crate::words::{ComponentName, Millis, OpKey};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TokenChange {
+    Created,
+    Revoked,
+}
 
 /// Something that happened, or that is about to be done and is recorded first.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -30,10 +38,22 @@ pub enum Event {
     },
     Kept {
         actor: Actor,
+        #[serde(default)]
+        reason: String,
     },
     TrackCommits {
         actor: Actor,
         on: bool,
+    },
+    /// Who may do what is about to change. The state does not; the history must tell.
+    TokenChanged {
+        actor: Actor,
+        /// The token's id: what its holder's own acts carry as their actor. Never the secret, nor its hash.
+        id: String,
+        name: String,
+        role: Role,
+        change: TokenChange,
+        reason: String,
     },
     // The remote's.
     RefsSeen {
@@ -107,6 +127,7 @@ impl Event {
             Self::Reset { .. } => "reset",
             Self::Kept { .. } => "kept",
             Self::TrackCommits { .. } => "track_commits",
+            Self::TokenChanged { .. } => "token_changed",
             Self::RefsSeen { .. } => "candidate_detected",
             Self::HandedOver { .. } => "handed_over",
             Self::TookOver { .. } => "took_over",

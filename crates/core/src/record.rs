@@ -129,7 +129,7 @@ pub struct Target {
 /// Who asked.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Actor {
-    /// The identity's stable id: an Entra object id, a token's id, or `system`.
+    /// The identity's stable id: an Entra object id, a token's id, `uid:N` for a user of the machine, or `system`.
     pub oid: String,
     /// A name for people; may be empty.
     #[serde(default)]
@@ -190,12 +190,16 @@ pub struct Driver {
 /// What the last look at the remote showed.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
 pub struct Latest {
+    /// The newest release that may be started or runs already; older than what runs where its tag has gone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub release: Option<(Version, CommitSha)>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub branch_head: Option<CommitSha>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checked_at: Option<Millis>,
+    /// What the service's own image was built as, where nothing is run from here: the best that is known of what runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub own: Option<Version>,
 }
 
 /// A commit that must not be started again without an override (lesson 25).
@@ -275,6 +279,12 @@ pub struct Record {
 }
 
 impl Record {
+    /// Whether a release is newer than what runs, by base release (contract §1). Everything is newer than nothing.
+    pub fn is_behind(&self, version: &Version, own: Option<&Version>) -> bool {
+        let running = self.running.as_ref().map(|running| &running.version).or(own);
+        running.is_none_or(|running| version.base() > running.base())
+    }
+
     /// The record of an application of which nothing is known yet.
     pub fn new(installation: InstallationId, application: AppName, now: Millis) -> Self {
         Self {

@@ -12,8 +12,8 @@ use crate::image::attempt_tag;
 use crate::phase::{
     Build, Building, BuiltOnly, Confirming, Flip, Mode, Op, OpState, Patching, Phase, RollingBack, State, Swap, WayBack,
 };
-use crate::record::{Driver, Job, ORPHANS_MAX, Orphan, Quarantined, Record};
-use crate::words::{CommitSha, ComponentName, Millis};
+use crate::record::{Driver, Job, Latest, ORPHANS_MAX, Orphan, Quarantined, Record};
+use crate::words::{CommitSha, ComponentName, Millis, Version};
 
 /// Why an event cannot happen now.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -50,9 +50,11 @@ pub fn next(record: &Record, event: &Event, now: Millis) -> Result<Phase, Refuse
                 Some(_) | None => Ok(Phase::Queued),
             }
         }
-        Event::TrackCommits { .. } | Event::RefsSeen { .. } | Event::TookOver { .. } | Event::HandedOver { .. } => {
-            Ok(phase)
-        }
+        Event::TrackCommits { .. }
+        | Event::TokenChanged { .. }
+        | Event::RefsSeen { .. }
+        | Event::TookOver { .. }
+        | Event::HandedOver { .. } => Ok(phase),
         Event::RollbackStarted { reason, .. } => {
             let swap = reverse_of(record).ok_or(match from {
                 State::RollingOut
@@ -373,20 +375,29 @@ pub fn apply(record: &Record, event: &Event, now: Millis) -> Result<Commit, Refu
                 audit = audit.with("to_version", swap.to.version.to_string());
             }
         }
-        Event::Cancelled { actor, reason } | Event::Reset { actor, reason } => {
+        Event::Cancelled { actor, reason } | Event::Reset { actor, reason } | Event::Kept { actor, reason } => {
             audit = audit.with("actor", json!(actor)).with("reason", reason.clone());
         }
-        Event::Kept { actor } => audit = audit.with("actor", json!(actor)),
         Event::TrackCommits { actor, on } => {
             new.track_commits = *on;
             audit = audit.with("actor", json!(actor)).with("on", *on);
         }
+        Event::TokenChanged { actor, id, name, role, change, reason } => {
+            // No job's doing, whichever one happens to be there.
+            audit = Audit::new(now, None, event.name())
+                .with("actor", json!(actor))
+                .with("token_id", id.clone())
+                .with("token", name.clone())
+                .with("role", json!(role))
+                .with("change", json!(change))
+                .with("reason", reason.clone());
+        }
         Event::RefsSeen { latest } => {
             new.latest = latest.clone();
-            if let Some((version, commit)) = &latest.release {
+            if let Some((version, commit)) = new_release(record, latest) {
                 audit = audit.with("version", version.to_string()).with("sha", commit.as_str());
             }
-            if let Some(head) = &latest.branch_head {
+            if let Some(head) = new_head(record, latest) {
                 audit = audit.with("branch_head", head.as_str());
             }
         }
@@ -490,13 +501,31 @@ pub fn apply(record: &Record, event: &Event, now: Millis) -> Result<Commit, Refu
         let most = new.orphans.len().saturating_sub(ORPHANS_MAX);
         new.orphans.drain(..most);
     }
-    // A look at the remote that found nothing new is no event: the history would drown in them.
-    let silent = matches!(event, Event::RefsSeen { latest } if latest.release == record.latest.release
-        && latest.branch_head == record.latest.branch_head);
+    // A look at the remote that found nothing new to start is no event: the history would drown in them.
+    let silent = matches!(event, Event::RefsSeen { latest }
+        if new_release(record, latest).is_none() && new_head(record, latest).is_none());
     let events = if silent { &[][..] } else { std::slice::from_ref(&audit) };
     let (lines, head) = seal(&record.history, events);
     new.history = head;
     Ok(Commit { record: new, lines })
+}
+
+/// The release of a look at the remote, where it is newer than what runs and than every one that was recorded before.
+fn new_release<'a>(record: &Record, latest: &'a Latest) -> Option<&'a (Version, CommitSha)> {
+    let found = latest.release.as_ref().filter(|(version, _)| record.is_behind(version, latest.own.as_ref()))?;
+    let known = record.latest.release.as_ref().is_some_and(|(known, _)| known.base() >= found.0.base());
+    (!known).then_some(found)
+}
+
+/// The head of the tracking branch, where it can be started and was not recorded before (contract §1, commit channel).
+fn new_head<'a>(record: &Record, latest: &'a Latest) -> Option<&'a CommitSha> {
+    let head = latest.branch_head.as_ref().filter(|head| record.latest.branch_head.as_ref() != Some(head))?;
+    let is_other = match &record.running {
+        Some(running) => running.commit != *head,
+        None => latest.own.is_some(),
+    };
+    let startable = record.track_commits && is_other;
+    startable.then_some(head)
 }
 
 /// Marks the commit that was left, or that failed, so that the next click does not install it again.

@@ -6,9 +6,10 @@ mod support;
 
 use std::collections::BTreeSet;
 
-use replank_core::event::Event;
+use replank_core::event::{Event, TokenChange};
 use replank_core::fault::Told;
 use replank_core::phase::*;
+use replank_core::ports::Role;
 use replank_core::record::*;
 use replank_core::transition::{Refused, apply, next};
 use replank_core::words::*;
@@ -69,8 +70,16 @@ fn events(record: &Record) -> Vec<Event> {
         Event::RollbackStarted { actor: actor(), reason: String::new() },
         Event::Cancelled { actor: actor(), reason: String::new() },
         Event::Reset { actor: actor(), reason: String::new() },
-        Event::Kept { actor: actor() },
+        Event::Kept { actor: actor(), reason: String::new() },
         Event::TrackCommits { actor: actor(), on: false },
+        Event::TokenChanged {
+            actor: actor(),
+            id: String::new(),
+            name: String::new(),
+            role: Role::Reader,
+            change: TokenChange::Revoked,
+            reason: String::new(),
+        },
         Event::RefsSeen { latest: Latest::default() },
         Event::HandedOver { to: ControllerId::Host },
         Event::TookOver { by: ControllerId::Host },
@@ -103,6 +112,7 @@ fn events(record: &Record) -> Vec<Event> {
             | Event::Reset { .. }
             | Event::Kept { .. }
             | Event::TrackCommits { .. }
+            | Event::TokenChanged { .. }
             | Event::RefsSeen { .. }
             | Event::HandedOver { .. }
             | Event::TookOver { .. }
@@ -249,6 +259,87 @@ fn every_commit_but_a_look_that_found_nothing_adds_exactly_one_line() {
             }
         }
     }
+}
+
+/// What a look at the remote puts into the history, told from one that found nothing new to start (audit of `candidate_detected`).
+#[test]
+fn a_look_is_an_event_only_when_something_newer_appeared() {
+    let release = |minor: u64| Some((Version::release(0, minor, 0), sha('5')));
+    let check = |known: Latest, seen: Latest, track_commits: bool, expect: &[(&str, &str)]| {
+        // Version 0.1.0 at commit 111… runs.
+        let mut record = running_record();
+        (record.latest, record.track_commits) = (known, track_commits);
+        let commit = apply(&record, &Event::RefsSeen { latest: seen.clone() }, Millis(5)).unwrap();
+        assert_eq!(commit.record.latest, seen, "what was seen is kept whether it is an event or not");
+        let lines: Vec<serde_json::Value> =
+            commit.lines.iter().map(|line| serde_json::from_slice(&line.bytes).unwrap()).collect();
+        assert_eq!(lines.len(), usize::from(!expect.is_empty()), "{seen:?}");
+        for name in ["version", "sha", "branch_head"] {
+            let wanted = expect.iter().find(|(known, _)| *known == name).map(|(_, value)| *value);
+            assert_eq!(lines.first().and_then(|line| line[name].as_str()), wanted, "{name} of {seen:?}");
+        }
+    };
+    let at = |release: Option<(Version, CommitSha)>, head: Option<char>| Latest {
+        release,
+        branch_head: head.map(sha),
+        checked_at: Some(Millis(5)),
+        own: None,
+    };
+    let five = sha('5');
+    let (first, second) =
+        ([("version", "0.2.0"), ("sha", five.as_str())], [("version", "0.3.0"), ("sha", five.as_str())]);
+    check(Latest::default(), at(release(2), None), true, &first);
+    check(at(release(2), None), at(release(2), None), true, &[]);
+    check(at(release(2), None), at(release(3), None), true, &second);
+    // Up to date: what runs is the newest, and after an upgrade it still is.
+    check(Latest::default(), at(release(1), None), true, &[]);
+    check(at(release(2), None), at(release(1), None), true, &[]);
+    check(at(release(2), None), at(None, None), true, &[]);
+    // The newest tag was moved or has gone: the one before it is no news.
+    check(at(release(3), None), at(release(2), None), true, &[]);
+    // Heads of the tracking branch, while commits are followed: not the one that runs, and each once.
+    let eight = sha('8');
+    check(at(release(1), None), at(release(1), Some('8')), true, &[("branch_head", eight.as_str())]);
+    check(at(release(1), Some('8')), at(release(1), Some('8')), true, &[]);
+    check(at(release(1), None), at(release(1), Some('1')), true, &[]);
+    check(at(release(1), None), at(release(1), Some('8')), false, &[]);
+    // One line for both.
+    let both = [first[0], first[1], ("branch_head", eight.as_str())];
+    check(at(release(1), None), at(release(2), Some('8')), true, &both);
+}
+
+#[test]
+fn a_changed_token_is_one_line_and_changes_nothing_else() {
+    for state in State::ALL {
+        let record = record_in(state, Mode::BlueGreen);
+        let event = Event::TokenChanged {
+            actor: Actor { oid: "uid:0".to_owned(), name: "alice".to_owned(), from: "host".to_owned() },
+            id: "token:1".to_owned(),
+            name: "robot".to_owned(),
+            role: Role::Admin,
+            change: TokenChange::Created,
+            reason: "night shift".to_owned(),
+        };
+        let mut commit = apply(&record, &event, Millis(5)).unwrap();
+        let line: serde_json::Value = serde_json::from_slice(&commit.lines[0].bytes).unwrap();
+        let expect = serde_json::json!({ "ts": Millis(5).rfc3339(), "job_id": "", "event": "token_changed",
+            "prev_hash": line["prev_hash"], "actor": { "oid": "uid:0", "name": "alice", "from": "host" },
+            "token_id": "token:1", "token": "robot", "role": "admin", "change": "created", "reason": "night shift" });
+        assert_eq!(line, expect, "{}", state.name());
+        (commit.record.history, commit.record.updated_at) = (record.history.clone(), record.updated_at);
+        assert_eq!(commit.record, record, "{}", state.name());
+    }
+}
+
+#[test]
+fn a_confirmation_says_why() {
+    let mut open = record_in(Confirming, Mode::BlueGreen);
+    let Phase::Confirming(c) = &mut open.phase else { unreachable!() };
+    (c.flip, c.deadline) = (None, Some(Millis(9)));
+    let event = Event::Kept { actor: actor(), reason: "looks good".to_owned() };
+    let commit = apply(&open, &event, Millis(5)).unwrap();
+    let line: serde_json::Value = serde_json::from_slice(&commit.lines[0].bytes).unwrap();
+    assert_eq!((line["event"].as_str(), line["reason"].as_str()), (Some("kept"), Some("looks good")));
 }
 
 #[test]

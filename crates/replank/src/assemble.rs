@@ -60,10 +60,7 @@ pub async fn open_ledger(settings: &Settings) -> Result<(Store, Arc<SqliteLedger
 pub async fn controller(settings: &Settings, env: &Environment) -> anyhow::Result<Controller> {
     let clock = Arc::new(SystemClock);
     let ids = Arc::new(SystemIds);
-    let me = match &settings.revision {
-        Some(revision) => ControllerId::Revision(RevisionId::new(revision.clone())?),
-        None => ControllerId::Host,
-    };
+    let me = me(settings)?;
     let (store, ledger) = open_ledger(settings).await?;
     let lock = ControllerLock::take(&settings.ledger_dir(), &me)?;
     let installation = installation(ledger.as_ref(), settings, &me).await?;
@@ -178,6 +175,19 @@ fn through_exec(
     let builder = Arc::new(AzExecBuilder::new(channel, config)?);
     let registry = Arc::new(OciRegistry::new(registries.clone())?);
     Ok(Parts { source, builder, registry, local_images: None, registries })
+}
+
+fn me(settings: &Settings) -> anyhow::Result<ControllerId> {
+    Ok(match &settings.revision {
+        Some(revision) => ControllerId::Revision(RevisionId::new(revision.clone())?),
+        None => ControllerId::Host,
+    })
+}
+
+/// Gives a new ledger its first record, so that what is done before the first deployment has a history to stand in.
+pub async fn first_record(ledger: &dyn Ledger, settings: &Settings) -> anyhow::Result<()> {
+    installation(ledger, settings, &me(settings)?).await?;
+    Ok(())
 }
 
 /// The installation's id: the record's, or a new one that becomes the record's.

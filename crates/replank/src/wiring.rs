@@ -1,6 +1,7 @@
 //! The two commands that run a controller: `serve`, for as long as the process lives, and `deploy`, until the application
 //! has a controller of its own.
 
+use std::io::Write as _;
 use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -8,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use replank_adapters::platform::docker::{DockerPlatform, Vantage};
-use replank_core::phase::{Phase, State};
+use replank_core::phase::Phase;
 use replank_core::ports::{EscapeHatch, Ledger, Platform as _, Tokens};
 use replank_core::record::{Actor, ControllerId, Record};
 use replank_core::transition::reverse_of;
@@ -18,8 +19,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::assemble::{self, Controller};
 use crate::config::Settings;
 use crate::config::env::Environment;
-use crate::engine::Reconciler;
 use crate::engine::api::{Engine as _, Refusal, StartRequest};
+use crate::engine::{Reconciler, Shared};
+use crate::http::row::Row;
 use crate::http::{Http, Options};
 use crate::system::SystemClock;
 
@@ -45,9 +47,19 @@ pub struct DeployArgs {
     pub json: bool,
 }
 
-/// The token store, for `replank token`.
+/// The token store, for `replank token list` and `replank history --refusals`.
 pub async fn tokens(settings: &Settings) -> anyhow::Result<Arc<dyn Tokens>> {
     Ok(assemble::open_ledger(settings).await?.1)
+}
+
+/// The token store, and the history that its changes go into.
+pub async fn token_changes(settings: &Settings) -> anyhow::Result<(Arc<dyn Tokens>, Arc<dyn Ledger>)> {
+    let (_, ledger) = assemble::open_ledger(settings).await?;
+    if let Err(error) = assemble::first_record(ledger.as_ref(), settings).await {
+        // Whoever needs the record is told by what it cannot do without one; a token can be revoked all the same.
+        tracing::warn!(error = %format!("{error:#}"), "the record cannot be read");
+    }
+    Ok((ledger.clone(), ledger))
 }
 
 /// The ledger, for `replank history --verify`.
@@ -137,15 +149,17 @@ pub async fn deploy(args: DeployArgs) -> anyhow::Result<ExitCode> {
     };
     docker.ensure_proxy(&image).await?;
 
+    let mut teller = Teller::new(&args, &controller);
     if record.phase.state().in_flight() {
-        eprintln!("going on with the deployment that was begun");
+        teller.say("going on with the deployment that was begun");
     } else {
         start(&controller, &args).await?;
     }
-    let last = drive(&controller).await?;
+    let last = drive(&controller, &mut teller).await?;
     match (&last.phase, &last.running) {
         (Phase::Succeeded { .. }, Some(running)) => {
-            eprintln!("{} {} runs as revision {}", settings.application, running.version, running.revision);
+            let runs = format!("{} {} runs as revision {}", settings.application, running.version, running.revision);
+            teller.say(&runs);
             Ok(ExitCode::SUCCESS)
         }
         (Phase::FailedPre { fault } | Phase::FailedRollout { fault, .. } | Phase::RollbackFailed { fault, .. }, _) => {
@@ -173,25 +187,60 @@ async fn start(controller: &Controller, args: &DeployArgs) -> anyhow::Result<()>
 }
 
 /// Drives to a resting state, telling each step.
-async fn drive(controller: &Controller) -> anyhow::Result<Record> {
+async fn drive(controller: &Controller, teller: &mut Teller) -> anyhow::Result<Record> {
     let reconciler = Reconciler::new(controller.ports.clone(), controller.setup.clone(), controller.shared.clone());
-    let begun = Instant::now();
-    let mut told: Option<(State, ControllerId)> = None;
-    let mut last = None;
     reconciler
         .run(|record| {
-            let now = (record.phase.state(), record.driver.controller.clone());
-            if told.as_ref() != Some(&now) {
-                let by = match &now.1 {
-                    ControllerId::Host => String::new(),
-                    ControllerId::Revision(id) => format!(" (driven by revision {id})"),
-                };
-                eprintln!("{:7.1} s  {}{by}", begun.elapsed().as_secs_f64(), now.0.name());
-                told = Some(now);
-            }
-            last = Some(record.clone());
+            teller.tell(record);
             !record.phase.state().in_flight()
         })
         .await;
-    last.context("the ledger has no record")
+    teller.last.take().context("the ledger has no record")
+}
+
+/// What a deployment says while it goes on: each new state on standard error for people, or each new row as one JSON
+/// object a line on standard output, as `start --json` does.
+struct Teller {
+    json: bool,
+    remote: String,
+    shared: Arc<Shared>,
+    begun: Instant,
+    last: Option<Record>,
+}
+
+impl Teller {
+    fn new(args: &DeployArgs, controller: &Controller) -> Self {
+        let remote = args.settings.shown_remote().unwrap_or_default();
+        Self { json: args.json, remote, shared: controller.shared.clone(), begun: Instant::now(), last: None }
+    }
+
+    fn say(&self, text: &str) {
+        if !self.json {
+            eprintln!("{text}");
+        }
+    }
+
+    fn tell(&mut self, record: &Record) {
+        if self.last.as_ref() == Some(record) {
+            return;
+        }
+        if self.json {
+            let row = Row::of(record, &self.shared.live.borrow(), &self.remote);
+            let line = serde_json::to_string(&row).unwrap_or_default();
+            // A reader that went away must not end the deployment; whether it went well, the exit code tells.
+            if let Err(error) = writeln!(std::io::stdout(), "{line}") {
+                tracing::debug!(%error, "nobody reads the rows");
+            }
+        }
+        let told = self.last.as_ref().map(|last| (last.phase.state(), &last.driver.controller));
+        let now = (record.phase.state(), &record.driver.controller);
+        if told != Some(now) {
+            let by = match now.1 {
+                ControllerId::Host => String::new(),
+                ControllerId::Revision(id) => format!(" (driven by revision {id})"),
+            };
+            self.say(&format!("{:7.1} s  {}{by}", self.begun.elapsed().as_secs_f64(), now.0.name()));
+        }
+        self.last = Some(record.clone());
+    }
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use replank::engine::api::Refusal;
 use replank::http::{Limits, Options, dev_bypass};
 use replank_core::phase::*;
+use replank_core::ports::Clock as _;
 use replank_core::record::Snapshot;
 use replank_core::words::Millis;
 use serde_json::{Value, json};
@@ -220,6 +221,64 @@ async fn tokens_expire_are_revoked_and_are_limited() {
 }
 
 #[tokio::test]
+async fn what_administrators_were_refused_is_written_down() {
+    let server = Server::start(options()).await;
+    let written = || std::mem::take(&mut *server.tokens.refused.lock().unwrap());
+    let long = format!("{{\"reason\":\"{}\"}}", "x".repeat(281));
+    for (path, body, refusal, status) in [
+        ("start", r#"{"confirm_downtime":true}"#, Some(Refusal::Conflict("commit 0123 is quarantined".into())), 409),
+        ("start", r#"{"confirm_downtime":true}"#, Some(Refusal::Conflict("an upgrade is in flight".into())), 409),
+        ("start", r#"{"confirm_downtime":true}"#, Some(Refusal::Invalid("00.1 is no version".into())), 422),
+        ("start", r#"{"confirm_downtime":false}"#, None, 422),
+        ("start", r#"{"confirm_downtime":true,"remote":"https://evil.test/x.git"}"#, None, 422),
+        ("rollback", "{}", Some(Refusal::Conflict("there is no snapshot".into())), 409),
+        ("rollback", long.as_str(), None, 422),
+        ("cancel", "{}", Some(Refusal::Conflict("wrong state".into())), 409),
+        ("confirm", "{}", Some(Refusal::Conflict("wrong state".into())), 409),
+        ("reset", r#"{"reason":"stuck"}"#, Some(Refusal::Conflict("wrong state".into())), 409),
+        ("reset", r#"{"reason":" "}"#, None, 422),
+    ] {
+        *server.engine.refuse.lock().unwrap() = refusal;
+        let answer = post(&server, ADMIN, &format!("/api/upgrade/{path}"), body).await;
+        assert_eq!(answer.status, status, "{path} {body}: {}", answer.body);
+        let rows = written();
+        assert_eq!(rows.len(), 1, "{path} {body}");
+        let row = &rows[0];
+        assert_eq!(
+            (row.actor.as_str(), row.from.as_str(), row.action.as_str(), row.at),
+            (
+                format!("token:{ADMIN}").as_str(),
+                "127.0.0.1",
+                format!("POST /api/upgrade/{path}").as_str(),
+                server.clock.now()
+            )
+        );
+        assert!(answer.json()["detail"].as_str().unwrap().starts_with(&row.why), "{row:?}");
+    }
+    // What goes well stands in the history, and a service that cannot answer has refused nobody.
+    assert_eq!(post(&server, ADMIN, "/api/upgrade/confirm", r#"{"reason":"fine"}"#).await.status, 202);
+    assert_eq!(
+        server.engine.calls.lock().unwrap().last().unwrap().0,
+        "keep fine",
+        "a confirmation's reason gets there"
+    );
+    *server.engine.refuse.lock().unwrap() = Some(Refusal::Unavailable("the ledger is away".into()));
+    assert_eq!(post(&server, ADMIN, "/api/upgrade/rollback", "").await.status, 503);
+    assert!(written().is_empty());
+    // A flood from outside has a bound of its own, and so has this one.
+    for _ in 0..70 {
+        get(&server, "", "/nothing?x").await;
+        raw(&server, "GET /", &["Host: evil.test".to_owned()], "").await;
+    }
+    assert!(written().len() <= 60);
+    for _ in 0..70 {
+        post(&server, ADMIN, "/api/upgrade/start", "{}").await;
+    }
+    let rows = written();
+    assert!((40..=60).contains(&rows.len()), "{} rows", rows.len());
+}
+
+#[tokio::test]
 async fn other_identities_are_not_believed() {
     let server = Server::start(options()).await;
     for header in [
@@ -365,6 +424,11 @@ async fn candidates_and_history_have_the_contract_s_shape() {
         "candidates": [{ "name": "v0.2.0", "raw_ref": "refs/tags/v0.2.0", "commit_sha": SHA }],
         "refused": [{ "name": "v0.3.0", "raw_ref": "refs/tags/v0.3.0", "commit_sha": SHA, "refused": "the tag was moved" }] });
     assert_eq!(found, expect);
+    server.engine.is_alone.store(true, std::sync::atomic::Ordering::SeqCst);
+    let alone = get(&server, READER, "/api/upgrade/candidates").await.json();
+    let expect =
+        json!({ "configured": false, "remote": null, "running_version": "0.1.0", "candidates": [], "refused": [] });
+    assert_eq!(alone, expect, "without a remote");
     let events = get(&server, READER, "/api/upgrade/history?limit=2").await.json();
     assert_eq!(
         events["events"].as_array().unwrap().iter().map(|e| e["n"].as_i64().unwrap()).collect::<Vec<_>>(),

@@ -1,8 +1,10 @@
 //! What each command does: mostly one request, and its answer shown.
 
+use std::collections::BTreeMap;
 use std::io::{IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::tz::TimeZone;
@@ -49,10 +51,11 @@ pub async fn run(command: Command, global: Global, env: &Environment) -> Done {
         Command::Start(args) => run.start(args).await,
         Command::Rollback(args) => run.because("/api/upgrade/rollback", args, "rolled_back").await,
         Command::Cancel(args) => run.because("/api/upgrade/cancel", args, "failed_pre").await,
-        Command::Confirm => run.row("/api/upgrade/confirm", json!({})).await,
+        Command::Confirm(args) => run.row("/api/upgrade/confirm", reason(args.reason)).await,
         Command::Reset(args) => run.row("/api/upgrade/reset", json!({ "reason": args.reason })).await,
         Command::Logs(args) => run.logs(args).await,
         Command::History(args) if args.verify => run.verify().await,
+        Command::History(args) if args.refusals => run.refusals(args.limit).await,
         Command::History(args) => run.history(args.limit).await,
         Command::EscapeHatch => run.escape_hatch().await,
         Command::Token(command) => run.token(command).await,
@@ -254,8 +257,7 @@ impl Run<'_> {
 
     async fn because(&self, path: &str, args: Because, expect: &str) -> Done {
         let client = self.client()?;
-        let body = args.reason.map_or_else(|| json!({}), |reason| json!({ "reason": reason }));
-        let row: Row = client.post(path, &body).await?;
+        let row: Row = client.post(path, &reason(args.reason)).await?;
         self.queued(&client, row, &args.wait, expect).await
     }
 
@@ -331,6 +333,21 @@ impl Run<'_> {
         self.print(&found, |out, style| show::history(out, &events, style))
     }
 
+    async fn refusals(&self, limit: usize) -> Done {
+        let store = wiring::tokens(&self.settings()?).await?;
+        let failed = |e: replank_core::ports::LedgerError| Failure::from(anyhow::Error::new(e));
+        let refusals = store.refusals(limit).await.map_err(failed)?;
+        // A refusal keeps the token's id, and people know its name.
+        let names: BTreeMap<String, String> =
+            tokens::list(store.as_ref()).await?.into_iter().map(|t| (t.id, t.name)).collect();
+        let shown: Vec<Value> = refusals
+            .iter()
+            .map(|r| json!({ "ts": r.at.rfc3339(), "actor": r.actor, "name": names.get(&r.actor).cloned().unwrap_or_default(),
+                "from": r.from, "action": r.action, "why": r.why }))
+            .collect();
+        self.print(&json!({ "refusals": shown }), |out, style| show::refusals(out, &shown, style))
+    }
+
     async fn verify(&self) -> Done {
         let ledger = wiring::ledger(&self.settings()?).await?;
         let failed = |e: replank_core::ports::LedgerError| Failure::from(anyhow::Error::new(e));
@@ -390,12 +407,16 @@ impl Run<'_> {
         })
     }
 
+    async fn changes(&self, settings: &Settings, why: super::Reason) -> Result<tokens::Changes, Failure> {
+        let (tokens, ledger) = wiring::token_changes(settings).await?;
+        let (actor, reason) = (tokens::local_actor(self.env), why.reason.unwrap_or_default());
+        Ok(tokens::Changes { tokens, ledger, clock: Arc::new(crate::system::SystemClock), actor, reason })
+    }
+
     async fn token(&self, command: TokenCommand) -> Done {
         let settings = self.settings()?;
-        let store = wiring::tokens(&settings).await?;
-        let now = crate::system::SystemClock.now();
         match command {
-            TokenCommand::Create { name, role, expires, out } => {
+            TokenCommand::Create { name, role, expires, out, why } => {
                 let lives =
                     tokens::lifetime(&expires).map_err(|e| Failure::usage(format!("--expires {expires}: {e}")))?;
                 let role = match role {
@@ -406,7 +427,7 @@ impl Run<'_> {
                     Some(out) => out,
                     None => tokens::default_out(&settings.tokens_dir(), &name)?,
                 };
-                let token = tokens::create(store.as_ref(), &name, role, lives, &out, now).await?;
+                let token = self.changes(&settings, why).await?.create(&name, role, lives, &out).await?;
                 let shown = json!({ "id": token.id, "name": token.name, "role": token.role, "file": out,
                     "expires_at": token.expires_at.map(Millis::rfc3339).unwrap_or_default() });
                 self.print(&shown, |to, style| {
@@ -415,7 +436,8 @@ impl Run<'_> {
                 })
             }
             TokenCommand::List => {
-                let all = tokens::list(store.as_ref()).await?;
+                let all = tokens::list(wiring::tokens(&settings).await?.as_ref()).await?;
+                let now = crate::system::SystemClock.now();
                 let stamp = |at: Option<Millis>| at.map(Millis::rfc3339).unwrap_or_default();
                 let shown: Vec<Value> = all
                     .iter()
@@ -444,14 +466,18 @@ impl Run<'_> {
                     show::table(out, &rows)
                 })
             }
-            TokenCommand::Revoke { name } => {
-                tokens::revoke(store.as_ref(), &name, now).await?;
+            TokenCommand::Revoke { name, why } => {
+                self.changes(&settings, why).await?.revoke(&name).await?;
                 self.print(&json!({ "revoked": name }), |out, _| {
                     writeln!(out, "the token {name} opens nothing any more")
                 })
             }
         }
     }
+}
+
+fn reason(reason: Option<String>) -> Value {
+    reason.map_or_else(|| json!({}), |reason| json!({ "reason": reason }))
 }
 
 fn ask(question: &str) -> Result<(), Failure> {

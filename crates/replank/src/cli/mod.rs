@@ -107,12 +107,12 @@ pub enum Command {
     /// End a job that has not touched anything yet.
     Cancel(Because),
     /// End the confirm window early: keep the new version.
-    Confirm,
+    Confirm(Reason),
     /// Give up a stuck job.
     Reset(ResetArgs),
     /// Print a component's build log.
     Logs(Logs),
-    /// Show what happened, or check that nobody edited it.
+    /// Show what happened, check that nobody edited it, or show what was refused.
     History(History),
     /// Print the commands that restore the old version with Replank gone.
     EscapeHatch,
@@ -211,6 +211,13 @@ pub struct Because {
 }
 
 #[derive(Debug, Args)]
+pub struct Reason {
+    /// Why, for the history; at most 280 characters
+    #[arg(long)]
+    pub reason: Option<String>,
+}
+
+#[derive(Debug, Args)]
 pub struct ResetArgs {
     /// Why, for the history; at most 280 characters
     #[arg(long)]
@@ -230,12 +237,15 @@ pub struct Logs {
 
 #[derive(Debug, Args)]
 pub struct History {
-    /// How many of the newest events
+    /// How many of the newest
     #[arg(long, default_value_t = 50)]
     pub limit: usize,
     /// Check the whole chain against its anchor, straight in the ledger
     #[arg(long)]
     pub verify: bool,
+    /// Show requests that were refused instead: who tried what, from where, and why not; straight in the ledger
+    #[arg(long, conflicts_with = "verify")]
+    pub refusals: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -252,11 +262,17 @@ pub enum TokenCommand {
         /// New file for the secret [default: tokens/NAME beside the configuration]
         #[arg(long, value_name = "FILE")]
         out: Option<PathBuf>,
+        #[command(flatten)]
+        why: Reason,
     },
     /// List tokens: names, roles and times, never secrets.
     List,
     /// Make a token useless, at once.
-    Revoke { name: String },
+    Revoke {
+        name: String,
+        #[command(flatten)]
+        why: Reason,
+    },
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
-use replank_core::words::Millis;
+use replank_core::words::{Millis, Version};
 use serde_json::Value;
 
 use super::plain;
@@ -94,6 +94,13 @@ fn short(sha: &str) -> &str {
     sha.get(..12).unwrap_or(sha)
 }
 
+/// What runs is the newest release, or is made of it: a commit target counts as its base release (contract §1).
+fn is_newest(row: &Row) -> bool {
+    let base = |text: &str| text.parse::<Version>().ok().map(|version| version.base());
+    let latest = base(&row.latest_version);
+    latest.is_some() && latest <= base(&row.running_version)
+}
+
 pub fn status(out: &mut dyn Write, row: &Row, style: &Style) -> io::Result<()> {
     let clean = |text: &str| plain::line(text, false);
     let mut say = |name: &str, value: String| -> io::Result<()> {
@@ -112,7 +119,8 @@ pub fn status(out: &mut dyn Write, row: &Row, style: &Style) -> io::Result<()> {
             ("", "") => "never looked".to_owned(),
             ("", at) => format!("no release found, looked at {}", style.time(at)),
             (version, at) => {
-                format!("{} ({}), looked at {}", clean(version), clean(short(&row.latest_sha)), style.time(at))
+                let newest = if is_newest(row) { ", what runs is the newest" } else { "" };
+                format!("{} ({}){newest}, looked at {}", clean(version), clean(short(&row.latest_sha)), style.time(at))
             }
         },
     )?;
@@ -179,6 +187,20 @@ pub fn candidates(out: &mut dyn Write, found: &Value, style: &Style) -> io::Resu
         table(out, &refused.iter().map(row).collect::<Vec<_>>())?;
     }
     Ok(())
+}
+
+pub fn refusals(out: &mut dyn Write, refusals: &[Value], style: &Style) -> io::Result<()> {
+    if refusals.is_empty() {
+        return writeln!(out, "nothing was refused");
+    }
+    let row = |refusal: &Value| {
+        let text = |name: &str| plain::line(refusal[name].as_str().unwrap_or_default(), false);
+        let who = [text("name"), text("actor"), "nobody".to_owned()].into_iter().find(|who| !who.is_empty());
+        vec![style.time(&text("ts")), who.unwrap_or_default(), text("from"), text("action"), text("why")]
+    };
+    let mut rows = vec![["TIME", "WHO", "FROM", "WHAT", "WHY NOT"].map(str::to_owned).to_vec()];
+    rows.extend(refusals.iter().map(row));
+    table(out, &rows)
 }
 
 pub fn history(out: &mut dyn Write, events: &[Value], style: &Style) -> io::Result<()> {

@@ -69,13 +69,16 @@ pub struct Candidates {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct PreflightImage {
     pub image_ref: String,
+    /// It was seen. An image that was not is gone where there is no `error`, and may be there where there is one.
     pub exists: bool,
     pub created_on: Option<Millis>,
+    /// Why nobody could say.
     pub error: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Preflight {
+    /// No image is known to be gone.
     pub available: bool,
     pub reason: String,
     pub images: Vec<PreflightImage>,
@@ -119,7 +122,7 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     async fn rollback(&self, actor: &Actor, reason: &str) -> Result<Record, Refusal>;
     async fn cancel(&self, actor: &Actor, reason: &str) -> Result<Record, Refusal>;
     /// Ends the confirm window early: keep.
-    async fn keep(&self, actor: &Actor) -> Result<Record, Refusal>;
+    async fn keep(&self, actor: &Actor, reason: &str) -> Result<Record, Refusal>;
     async fn reset(&self, actor: &Actor, reason: &str) -> Result<Record, Refusal>;
     async fn preflight(&self) -> Result<Preflight, Refusal>;
     async fn escape_hatch(&self) -> Result<EscapeHatch, Refusal>;

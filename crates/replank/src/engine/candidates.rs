@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use replank_core::fault::Fault;
+use replank_core::fault::{Fault, Told};
 use replank_core::ports::{Clock, Ledger, Refs, Source, TagRef};
 use replank_core::record::{Record, Target, TargetKind};
 use replank_core::words::{CommitSha, Millis, Version};
@@ -16,38 +16,85 @@ pub(super) const FRESH_MS: u64 = 15_000;
 /// Contract §2: at most 20 tags are offered.
 pub(super) const OFFERED_MAX: usize = 20;
 
+/// How old an answer about the remote may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Age {
+    /// The remote is asked now.
+    Now,
+    /// The last look, well or not, where it is younger than [`FRESH_MS`]: what is shown is how it stands.
+    Fresh,
+    /// The last good look, where it is younger than so many milliseconds; a failure only while it is younger than both
+    /// this and [`RETRY_MS`], since somebody waits for the remote to be back.
+    Good(u64),
+}
+
+/// A start may ask a remote that failed again after this long.
+const RETRY_MS: u64 = 2_000;
+
+#[derive(Debug, Default)]
+struct Looks {
+    /// When the last good look began.
+    good: Option<(Millis, Refs)>,
+    /// When the last look ended, where it failed.
+    failed: Option<(Millis, Told)>,
+}
+
+impl Looks {
+    /// What is known already, where that is enough for somebody who asked at `asked`.
+    fn known(&self, age: Age, asked: Millis, now: Millis) -> Option<Result<Refs, Told>> {
+        let good =
+            |max: u64| self.good.as_ref().filter(|(at, _)| now.since(*at) < max).map(|(_, refs)| Ok(refs.clone()));
+        let failed =
+            |max: u64| self.failed.as_ref().filter(|(at, _)| now.since(*at) < max).map(|(_, told)| Err(told.clone()));
+        match age {
+            // It failed while this caller waited for its turn: asking again would only make a queue of failures.
+            Age::Now => self.failed.as_ref().filter(|(at, _)| *at > asked).map(|(_, told)| Err(told.clone())),
+            // A failure is always the newer of the two, since a good look ends it.
+            Age::Fresh => failed(FRESH_MS).or_else(|| good(FRESH_MS)),
+            Age::Good(max) => good(max).or_else(|| failed(max.min(RETRY_MS))),
+        }
+    }
+}
+
 /// The last look at the remote. One look at a time: callers that come while it is under way share its result.
 #[derive(Debug)]
 pub(super) struct Remote {
     source: Arc<dyn Source>,
     ledger: Arc<dyn Ledger>,
     clock: Arc<dyn Clock>,
-    last: Mutex<Option<(Millis, Refs)>>,
+    looks: Mutex<Looks>,
 }
 
 impl Remote {
     pub(super) fn new(source: Arc<dyn Source>, ledger: Arc<dyn Ledger>, clock: Arc<dyn Clock>) -> Self {
-        Self { source, ledger, clock, last: Mutex::new(None) }
+        Self { source, ledger, clock, looks: Mutex::default() }
     }
 
     pub(super) fn shown(&self) -> String {
         self.source.remote()
     }
 
-    /// The remote's refs, at most `max_age` old, with moved tags refused.
-    pub(super) async fn refs(&self, max_age: u64) -> Result<Refs, Fault> {
-        let mut last = self.last.lock().await;
+    /// The remote's refs with moved tags refused, or why they cannot be had.
+    pub(super) async fn refs(&self, age: Age) -> Result<Refs, Told> {
+        let asked = self.clock.now();
+        let mut looks = self.looks.lock().await;
         let now = self.clock.now();
-        if let Some((at, refs)) = last.as_ref()
-            && now.since(*at) < max_age
-        {
-            return Ok(refs.clone());
+        if let Some(known) = looks.known(age, asked, now) {
+            return known;
         }
-        let mut refs = self.source.refs().await?;
+        let mut refs = match self.source.refs().await {
+            Ok(refs) => refs,
+            Err(fault) => {
+                let told = fault.told();
+                // From its end: a remote that hangs would otherwise be asked again by everybody who waited.
+                looks.failed = Some((self.clock.now(), told.clone()));
+                return Err(told);
+            }
+        };
         let seen: Vec<(String, CommitSha)> = refs.tags.iter().map(|t| (t.raw_ref.clone(), t.commit.clone())).collect();
         let first = self.ledger.first_seen(&seen, now).await.map_err(|e| {
             let why = describe(&e);
-            Fault::transient(format!("the commits that were seen first could not be read: {why}"))
+            Fault::transient(format!("the commits that were seen first could not be read: {why}")).told()
         })?;
         for tag in &mut refs.tags {
             if let Some(pinned) = first.get(&tag.raw_ref).filter(|pinned| **pinned != tag.commit) {
@@ -57,7 +104,7 @@ impl Remote {
                 ));
             }
         }
-        *last = Some((now, refs.clone()));
+        *looks = Looks { good: Some((now, refs.clone())), failed: None };
         Ok(refs)
     }
 }
@@ -88,6 +135,12 @@ pub(super) fn is_newer(version: &Version, running: Option<Running<'_>>) -> bool 
     running.is_none_or(|running| version.base() > running.version.base())
 }
 
+/// The newest release that is not refused, whether it is newer than what runs or not.
+pub(super) fn newest(refs: &Refs) -> Option<(Version, CommitSha)> {
+    let newest = refs.tags.iter().find(|tag| tag.refused.is_none())?;
+    Some((newest.version.clone(), newest.commit.clone()))
+}
+
 /// Release tags newer than what runs, newest first, as offered and as refused.
 pub(super) fn offer(refs: &Refs, running: Option<Running<'_>>) -> (Vec<TagRef>, Vec<TagRef>) {
     let newer = refs.tags.iter().filter(|tag| is_newer(&tag.version, running)).cloned();
@@ -110,6 +163,10 @@ pub(super) fn wanted(request: &StartRequest) -> Result<Wanted, Refusal> {
     match (request.target_kind, version, sha) {
         (Some(TargetKind::Commit), Some(v), Some(_)) if v.commit.is_none() => {
             Err(Refusal::Invalid(format!("{v} names a release and target_kind says commit: send only target_sha")))
+        }
+        // The version of a commit target is the server's to derive; one that speaks of another commit is a mistake.
+        (_, Some(v), Some(sha)) if v.commit.as_deref().is_some_and(|hex| !sha.as_str().starts_with(hex)) => {
+            Err(Refusal::Invalid(format!("{v} and target_sha {sha} name two commits: send only target_sha")))
         }
         (Some(TargetKind::Commit), _, Some(sha)) => Ok(Wanted::Commit { sha }),
         (Some(TargetKind::Commit), _, None) => {
@@ -180,6 +237,13 @@ pub(super) fn choose(wanted: &Wanted, refs: &Refs, record: &Record, own: Option<
                     "{version} is not newer than what runs ({running}); to go back, use rollback"
                 )));
             }
+            let (offered, _) = offer(refs, running);
+            if !offered.iter().any(|offered| offered.version == *version) {
+                return Err(Refusal::Conflict(format!(
+                    "release {} is not among the {OFFERED_MAX} newest, which are what is offered; choose one of the candidates",
+                    version.tag()
+                )));
+            }
             Ok(release(tag))
         }
         Wanted::Commit { sha } => {
@@ -220,3 +284,7 @@ fn release(tag: &TagRef) -> Target {
         raw_ref: tag.raw_ref.clone(),
     }
 }
+
+#[cfg(test)]
+#[path = "candidates_tests.rs"]
+mod tests;

@@ -1,18 +1,21 @@
 //! Commands: each loads the record, records one event by compare-and-swap, and wakes the loop.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use replank_core::event::Event;
 use replank_core::history::Line;
+use replank_core::image::ImageId;
 use replank_core::ports::{EscapeHatch, LedgerError, LogId};
 use replank_core::record::{Actor, Job, Latest, Record};
 use replank_core::transition::{Refused, apply};
-use replank_core::words::{ComponentName, IdempotencyKey, JobId, Nonce};
+use replank_core::words::{ComponentName, IdempotencyKey, JobId, Millis, Nonce};
 use tokio::sync::watch;
 
 use super::api::{Candidates, Engine, Live, LogRead, Preflight, PreflightImage, Refusal, StartRequest};
-use super::candidates::{FRESH_MS, Remote, Running, Wanted, choose, offer, wanted};
+use super::candidates::{Age, FRESH_MS, Remote, Running, Wanted, choose, newest, offer, wanted};
 use super::reconcile::describe;
 use super::setup::{Ports, Setup, Shared};
 
@@ -25,6 +28,8 @@ const START_REFS_MS: u64 = 10 * 60_000;
 /// Somebody who starts what was published a moment ago gets it, and a script that asks for what is not there does not
 /// hammer the remote.
 const MISSED_REFS_MS: u64 = 2_000;
+/// Longest wait for a word about one image of the way back: who rolls back is in a hurry, and no word is no refusal.
+const IMAGE_LOOK_MAX: Duration = Duration::from_secs(5);
 /// A loop that has not turned for this long is stuck; its longest regular step is an observation of at most a minute.
 const LOOP_STUCK_MS: u64 = 120_000;
 
@@ -35,13 +40,15 @@ pub struct LocalEngine {
     setup: Arc<Setup>,
     shared: Arc<Shared>,
     remote: Option<Remote>,
+    /// When a check failed last, in milliseconds; one that went well stands in the record.
+    failed_check: AtomicI64,
 }
 
 impl LocalEngine {
     pub fn new(ports: Ports, setup: Arc<Setup>, shared: Arc<Shared>) -> Self {
         shared.publish(|live| live.own_version.clone_from(&setup.own_version));
         let remote = ports.source.clone().map(|source| Remote::new(source, ports.ledger.clone(), ports.clock.clone()));
-        Self { ports, setup, shared, remote }
+        Self { ports, setup, shared, remote, failed_check: AtomicI64::new(0) }
     }
 
     /// Records what `event` makes of the record as it is; `Ok(Err(record))` ends early with nothing to record.
@@ -109,6 +116,25 @@ impl LocalEngine {
         })
     }
 
+    /// Looks for an image of the way back: on this machine first, which is nearest and enough to run it, then in the
+    /// registry. Gone is only what both say is not there: a registry that is away must never stand in a rollback's way.
+    async fn find(&self, image: &ImageId) -> PreflightImage {
+        let image_ref = image.to_string();
+        let mut error = None;
+        let places = [self.ports.local_images.as_deref(), Some(self.ports.registry.as_ref())];
+        for place in places.into_iter().flatten() {
+            match tokio::time::timeout(IMAGE_LOOK_MAX, place.resolve(image)).await {
+                Ok(Ok(Some(stored))) => {
+                    return PreflightImage { image_ref, exists: true, created_on: stored.created_at, error: None };
+                }
+                Ok(Ok(None)) => {}
+                Ok(Err(fault)) => error = Some(fault.told().sentence()),
+                Err(_) => error = Some(format!("there was no answer within {IMAGE_LOOK_MAX:?}")),
+            }
+        }
+        PreflightImage { image_ref, exists: false, created_on: None, error }
+    }
+
     fn remote(&self) -> Result<&Remote, Refusal> {
         self.remote
             .as_ref()
@@ -170,12 +196,12 @@ impl Engine for LocalEngine {
                 error: None,
             });
         };
-        let (candidates, refused, error) = match remote.refs(FRESH_MS).await {
+        let (candidates, refused, error) = match remote.refs(Age::Fresh).await {
             Ok(refs) => {
                 let (offered, refused) = offer(&refs, running);
                 (offered, refused, None)
             }
-            Err(fault) => (vec![], vec![], Some(fault.told().sentence())),
+            Err(told) => (vec![], vec![], Some(told.sentence())),
         };
         Ok(Candidates { configured: true, remote: Some(remote.shown()), running_version, candidates, refused, error })
     }
@@ -184,18 +210,25 @@ impl Engine for LocalEngine {
         let remote = self.remote()?;
         let record = self.record().await?;
         let now = self.ports.clock.now();
-        if let Some(at) = record.latest.checked_at
-            && now.since(at) < FRESH_MS
-        {
-            let left = FRESH_MS - now.since(at);
+        // One that failed counts too: a remote in trouble is not helped by being asked more often.
+        let failed = Millis(self.failed_check.load(Ordering::Relaxed));
+        let last = record.latest.checked_at.map_or(failed, |well| well.max(failed));
+        if now.since(last) < FRESH_MS {
+            let left = FRESH_MS - now.since(last);
             return Err(Refusal::TooSoon { retry_after_s: left.div_ceil(1_000).max(1) });
         }
-        let refs = remote.refs(0).await.map_err(|fault| Refusal::Unavailable(fault.told().sentence()))?;
-        self.commit(|record| {
-            let (offered, _) = offer(&refs, Running::of(record, self.setup.own_version.as_ref()));
-            let release = offered.first().map(|tag| (tag.version.clone(), tag.commit.clone()));
+        let refs = remote.refs(Age::Now).await.map_err(|told| {
+            self.failed_check.store(self.ports.clock.now().0, Ordering::Relaxed);
+            Refusal::Unavailable(told.sentence())
+        })?;
+        self.commit(|_| {
             let branch_head = refs.branch.as_ref().map(|(_, head)| head.clone());
-            let latest = Latest { release, branch_head, checked_at: Some(self.ports.clock.now()) };
+            let latest = Latest {
+                release: newest(&refs),
+                branch_head,
+                checked_at: Some(self.ports.clock.now()),
+                own: self.setup.own_version.clone(),
+            };
             Ok(Ok(Event::RefsSeen { latest }))
         })
         .await
@@ -230,12 +263,12 @@ impl Engine for LocalEngine {
             return Err(refusal(Refused::InFlight { from: record.phase.state() }));
         }
         let remote = self.remote()?;
-        let refs = |age| async move { remote.refs(age).await.map_err(|f| Refusal::Unavailable(f.told().sentence())) };
         let own = self.setup.own_version.as_ref();
-        let target = match choose(&wanted, &refs(START_REFS_MS).await?, &record, own) {
+        let refs = |age| async move { remote.refs(age).await.map_err(|told| Refusal::Unavailable(told.sentence())) };
+        let target = match choose(&wanted, &refs(Age::Good(START_REFS_MS)).await?, &record, own) {
             Ok(target) => target,
             // What was just published may not be in the last look yet.
-            Err(_) => choose(&wanted, &refs(MISSED_REFS_MS).await?, &record, own)?,
+            Err(_) => choose(&wanted, &refs(Age::Good(MISSED_REFS_MS)).await?, &record, own)?,
         };
         let job = self.new_job(actor, &request, target)?;
         let override_quarantine = request.override_quarantine;
@@ -266,8 +299,9 @@ impl Engine for LocalEngine {
         self.commit(|_| Ok(Ok(Event::Cancelled { actor: actor.clone(), reason: reason.to_owned() }))).await
     }
 
-    async fn keep(&self, actor: &Actor) -> Result<Record, Refusal> {
-        self.commit(|_| Ok(Ok(Event::Kept { actor: actor.clone() }))).await
+    async fn keep(&self, actor: &Actor, reason: &str) -> Result<Record, Refusal> {
+        checked_reason(reason)?;
+        self.commit(|_| Ok(Ok(Event::Kept { actor: actor.clone(), reason: reason.to_owned() }))).await
     }
 
     async fn reset(&self, actor: &Actor, reason: &str) -> Result<Record, Refusal> {
@@ -284,34 +318,24 @@ impl Engine for LocalEngine {
         let Some(swap) = replank_core::transition::reverse_of(&record) else {
             return Ok(none("there is no snapshot to roll back to"));
         };
-        let mut images = Vec::new();
-        for image in swap.to.images.values() {
-            let found = self.ports.registry.resolve(image).await;
-            images.push(match found {
-                Ok(Some(stored)) => PreflightImage {
-                    image_ref: image.to_string(),
-                    exists: true,
-                    created_on: stored.created_at,
-                    error: None,
-                },
-                Ok(None) => {
-                    PreflightImage { image_ref: image.to_string(), exists: false, created_on: None, error: None }
-                }
-                Err(fault) => PreflightImage {
-                    image_ref: image.to_string(),
-                    exists: false,
-                    created_on: None,
-                    error: Some(fault.told().sentence()),
-                },
-            });
-        }
-        let missing: Vec<&str> = images.iter().filter(|i| !i.exists).map(|i| i.image_ref.as_str()).collect();
-        let reason = if missing.is_empty() {
-            format!("{} can be restored", swap.to.version)
-        } else {
-            format!("an image of {} cannot be found: {}", swap.to.version, missing.join(", "))
+        let images = futures_util::future::join_all(swap.to.images.values().map(|image| self.find(image))).await;
+        let those = |which: fn(&PreflightImage) -> bool| -> Vec<&str> {
+            images.iter().filter(|image| which(image)).map(|image| image.image_ref.as_str()).collect()
         };
-        Ok(Preflight { available: missing.is_empty(), reason, images })
+        let gone = those(|image| !image.exists && image.error.is_none());
+        let unknown = those(|image| image.error.is_some());
+        let version = &swap.to.version;
+        let reason = if !gone.is_empty() {
+            format!(
+                "an image of {version} is gone: {}; bring it back under this digest, or start a newer release",
+                gone.join(", ")
+            )
+        } else if !unknown.is_empty() {
+            format!("{version} may be restored; whether its images are there is not known now: {}", unknown.join(", "))
+        } else {
+            format!("{version} can be restored")
+        };
+        Ok(Preflight { available: gone.is_empty(), reason, images })
     }
 
     async fn escape_hatch(&self) -> Result<EscapeHatch, Refusal> {

@@ -8,13 +8,14 @@ use replank_core::fault::Fault;
 use replank_core::format::FORMATS_LABEL;
 use replank_core::image::{ImageId, Images};
 use replank_core::phase::{Built, Phase, Recipe};
-use replank_core::ports::{BuildSpec, Log as _, LogId, NoLog, Platform, Source, Stream, Tree};
+use replank_core::ports::{BuildSpec, Log as _, LogId, Platform, Source, Stream, Tree};
 use replank_core::record::{Job, Record};
 use replank_core::words::{ComponentName, JobId, Millis, OpKey};
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinHandle;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::fetch_log::FetchLog;
 use super::setup::{Ports, Setup, Shared};
 use crate::build_log::{Begin, BuildLog};
 
@@ -115,7 +116,9 @@ impl Executor {
         }
         *held = None;
         source.discard_all_but(Some(&job.id)).await?;
-        let tree = source.fetch(&job.id, &job.target, &NoLog).await?;
+        let log = FetchLog::new(&job.id, &self.setup.secrets);
+        let tree = source.fetch(&job.id, &job.target, &log).await.map_err(|fault| log.explain(fault))?;
+        log.finish();
         *held = Some((job.id.clone(), tree.clone()));
         Ok(tree)
     }

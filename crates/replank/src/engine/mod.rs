@@ -5,6 +5,7 @@ mod candidates;
 mod clean_up;
 mod commands;
 mod execute;
+mod fetch_log;
 mod reconcile;
 mod setup;
 

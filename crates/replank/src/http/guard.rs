@@ -8,6 +8,7 @@ use axum::response::{IntoResponse, Response};
 use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use replank_core::ports::Refusal;
+use replank_core::record::Actor;
 
 use super::errors::ApiError;
 use super::serve::Peer;
@@ -16,8 +17,10 @@ use super::{App, Http};
 /// Answered under any host name, since a platform probes by address, and nothing in them is worth rebinding for.
 const OPEN: [&str; 3] = ["/api/health", "/livez", "/readyz"];
 
-/// Longest part of a path that is written down with a refusal.
-const ACTION_MAX: usize = 120;
+/// Longest method and path that are written down with a refusal.
+const ACTION_MAX: usize = 128;
+/// Longest reason that is: it may repeat some of what was asked for.
+const WHY_MAX: usize = 500;
 
 const HEADERS: [(HeaderName, &str); 6] = [
     (
@@ -32,18 +35,29 @@ const HEADERS: [(HeaderName, &str); 6] = [
 ];
 
 impl Http {
-    /// Writes a refusal down, as far as the bound allows. Never fails the answer that it belongs to.
+    /// Writes down that somebody was not let in, as far as the bound allows. Never fails the answer that it belongs to.
     pub(super) async fn refused(&self, actor: &str, from: IpAddr, parts: &Parts, why: &str) {
-        if !self.strikes.may_write() {
-            return;
+        if self.strikes.may_write() {
+            self.write_down(actor, &from.to_string(), &format!("{} {}", parts.method, parts.uri.path()), why).await;
         }
-        let path: String = parts.uri.path().chars().filter(|c| !c.is_control()).take(ACTION_MAX).collect();
+    }
+
+    /// The same of a command that was turned down although its caller may give it. Counted apart, so that a flood from
+    /// outside cannot hide what administrators tried.
+    pub(super) async fn turned_down(&self, actor: &Actor, action: &str, why: &str) {
+        if self.strikes.may_write_of_admins() {
+            self.write_down(&actor.oid, &actor.from, action, why).await;
+        }
+    }
+
+    async fn write_down(&self, actor: &str, from: &str, action: &str, why: &str) {
+        let cut = |text: &str, max: usize| text.chars().filter(|c| !c.is_control()).take(max).collect();
         let refusal = Refusal {
             at: self.clock.now(),
             actor: actor.to_owned(),
-            from: from.to_string(),
-            action: format!("{} {path}", parts.method),
-            why: why.to_owned(),
+            from: from.to_owned(),
+            action: cut(action, ACTION_MAX),
+            why: cut(why, WHY_MAX),
         };
         if let Err(error) = self.tokens.refused(&refusal).await {
             tracing::warn!(%error, action = %refusal.action, why, "a refusal was not written down");

@@ -49,7 +49,8 @@ pub const HEAD_BYTES_MAX: usize = 32 * 1024;
 
 /// Wrong tokens per address and minute; a person with a stale token in a script stays below it.
 const STRIKES_MAX: u32 = 10;
-/// Written refusals per minute in all: the store keeps a bounded number, and a flood must not push honest ones out.
+/// Written refusals per minute of those who were not let in, and as many of those who were: the store keeps a bounded
+/// number, and a flood must not push honest ones out.
 const WRITTEN_MAX: u32 = 60;
 const WINDOW: Duration = Duration::from_secs(60);
 /// Remembered addresses; when it is full, the old windows go.
@@ -87,6 +88,7 @@ impl Default for Window {
 pub struct Strikes {
     by_address: Mutex<HashMap<IpAddr, Window>>,
     written: Mutex<Window>,
+    written_of_admins: Mutex<Window>,
 }
 
 impl Strikes {
@@ -106,6 +108,10 @@ impl Strikes {
 
     pub fn may_write(&self) -> bool {
         lock(&self.written).hit() <= WRITTEN_MAX
+    }
+
+    pub fn may_write_of_admins(&self) -> bool {
+        lock(&self.written_of_admins).hit() <= WRITTEN_MAX
     }
 }
 

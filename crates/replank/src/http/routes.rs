@@ -31,6 +31,7 @@ const HISTORY_MAX: usize = 1_000;
 
 type Answer = Result<Json<Value>, ApiError>;
 type Accepted = Result<(StatusCode, Json<Row>), ApiError>;
+type Tried = Result<Record, ApiError>;
 
 pub fn router(app: App) -> Router {
     let upgrade = Router::new()
@@ -184,11 +185,25 @@ async fn settings(State(app): State<App>, caller: Caller, body: Body) -> Result<
     Ok(Json(view(&app, &record)))
 }
 
+/// Answers a command that an administrator gave. One that was turned down, by a check of the request or by the engine, is
+/// written down: who tried what, and why not, is an auditor's question too.
+async fn command(app: &App, caller: &Caller, name: &str, tried: impl Future<Output = Tried>) -> Accepted {
+    let tried = tried.await;
+    if let Err(error) = &tried
+        && error.status.is_client_error()
+    {
+        app.turned_down(&caller.actor, &format!("POST /api/upgrade/{name}"), &error.detail).await;
+    }
+    accepted(app, &tried?)
+}
+
 async fn start(State(app): State<App>, Admin(caller): Admin, body: Body) -> Accepted {
-    let request: StartRequest = body.required()?;
-    check_start(&request)?;
-    let record = app.engine.start(&caller.actor, request).await?;
-    accepted(&app, &record)
+    let tried = async {
+        let request: StartRequest = body.required()?;
+        check_start(&request)?;
+        Ok(app.engine.start(&caller.actor, request).await?)
+    };
+    command(&app, &caller, "start", tried).await
 }
 
 /// The shapes of contract §2; whether the target was offered is the engine's to judge.
@@ -212,30 +227,38 @@ fn check_start(request: &StartRequest) -> Result<(), ApiError> {
 }
 
 async fn rollback(State(app): State<App>, Admin(caller): Admin, body: Body) -> Accepted {
-    let reason = body.optional::<Reason>()?.text()?;
-    let record = app.engine.rollback(&caller.actor, &reason).await?;
-    accepted(&app, &record)
+    let tried = async {
+        let reason = body.optional::<Reason>()?.text()?;
+        Ok(app.engine.rollback(&caller.actor, &reason).await?)
+    };
+    command(&app, &caller, "rollback", tried).await
 }
 
 async fn cancel(State(app): State<App>, Admin(caller): Admin, body: Body) -> Accepted {
-    let reason = body.optional::<Reason>()?.text()?;
-    let record = app.engine.cancel(&caller.actor, &reason).await?;
-    accepted(&app, &record)
+    let tried = async {
+        let reason = body.optional::<Reason>()?.text()?;
+        Ok(app.engine.cancel(&caller.actor, &reason).await?)
+    };
+    command(&app, &caller, "cancel", tried).await
 }
 
 async fn confirm(State(app): State<App>, Admin(caller): Admin, body: Body) -> Accepted {
-    body.optional::<Reason>()?.text()?;
-    let record = app.engine.keep(&caller.actor).await?;
-    accepted(&app, &record)
+    let tried = async {
+        let reason = body.optional::<Reason>()?.text()?;
+        Ok(app.engine.keep(&caller.actor, &reason).await?)
+    };
+    command(&app, &caller, "confirm", tried).await
 }
 
 async fn reset(State(app): State<App>, Admin(caller): Admin, body: Body) -> Accepted {
-    let reason = body.required::<Reason>()?.text()?;
-    if reason.trim().is_empty() {
-        return Err(ApiError::invalid("say why: a reset needs a `reason`"));
-    }
-    let record = app.engine.reset(&caller.actor, &reason).await?;
-    accepted(&app, &record)
+    let tried = async {
+        let reason = body.required::<Reason>()?.text()?;
+        if reason.trim().is_empty() {
+            return Err(ApiError::invalid("say why: a reset needs a `reason`"));
+        }
+        Ok(app.engine.reset(&caller.actor, &reason).await?)
+    };
+    command(&app, &caller, "reset", tried).await
 }
 
 async fn preflight(State(app): State<App>, _: Admin) -> Answer {

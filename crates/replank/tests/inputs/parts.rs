@@ -2,12 +2,14 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, TcpListener};
+use std::process::Output;
 use std::time::Duration;
 
 use replank_testbed::Registry;
 use replank_testbed::repo::Entry;
+use serde_json::Value;
 
-use crate::rig::{JOB_LIMIT, Options, Rig, get, release};
+use crate::rig::{JOB_LIMIT, Options, Rig, get, refused, release, said};
 
 fn with_registry(host: &str, budgets: &'static str) -> Options {
     Options {
@@ -62,13 +64,83 @@ fn a_registry_that_wants_a_sign_in_is_told_at_once() {
     });
     let rig = Rig::prepare(with_registry(&host, ""));
     let out = rig.cli(&["deploy", "0.1.0"]);
-    crate::rig::refused(&out, 1, &["failed_pre", &host, "401", "credentials"]);
+    refused(&out, 1, &["failed_pre", &host, "401", "credentials"]);
+    // A script reads the same in rows, as from `start --json`. Standard error ends with the one error; nothing there is told
+    // to people but warnings.
+    let out = rig.cli(&["deploy", "0.1.0", "--json"]);
+    assert_eq!(out.status.code(), Some(1), "{}", said(&out));
+    let rows = rows(&out);
+    let (first, last) = (&rows[0], &rows[rows.len() - 1]);
+    assert!(rows.len() > 2 && first["state"] == "queued", "{rows:?}");
+    assert_eq!((&last["state"], &last["target_version"]), (&"failed_pre".into(), &"0.1.0".into()), "{last}");
+    assert!(last["failure"].as_str().unwrap().contains("401") && last["running_version"] == "", "{last}");
+    let told = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(!told.contains(" s  building"), "{told}");
+    let error: Value = serde_json::from_str(told.lines().last().unwrap()).unwrap();
+    assert!(error["code"] == 1 && error["error"].as_str().unwrap().contains("credentials"), "{error}");
     // Mended, the same command goes through.
     let config = rig.home.join("replank.toml");
     let text = std::fs::read_to_string(&config).unwrap();
     std::fs::write(&config, text.replace("push = true", "push = false")).unwrap();
-    let out = rig.cli(&["deploy", "0.1.0"]);
-    assert!(out.status.success(), "{}", crate::rig::said(&out));
+    let out = rig.cli(&["deploy", "0.1.0", "--json"]);
+    assert!(out.status.success() && !said(&out).contains("runs as revision"), "{}", said(&out));
+    let rows = self::rows(&out);
+    let last = &rows[rows.len() - 1];
+    assert_eq!((&last["state"], &last["running_version"]), (&"succeeded".into(), &"0.1.0".into()), "{last}");
+    assert!(last["running_revision"].as_str().is_some_and(|revision| !revision.is_empty()), "{last}");
+}
+
+/// Standard output as rows, one on each line.
+fn rows(out: &Output) -> Vec<Value> {
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn a_rollback_needs_no_registry_until_an_image_is_gone_everywhere() {
+    let registry = Registry::start(IpAddr::V4(Ipv4Addr::LOCALHOST)).unwrap();
+    let mut rig = Rig::start(with_registry(&registry.name(), ""));
+    // It wants 0.1.0 all the time.
+    rig.watch = None;
+    rig.publish("0.2.0", &release("0.2.0"));
+    let row = rig.run("0.2.0");
+    assert_eq!(row["state"], "succeeded", "{row}\n{}", rig.told());
+    let preflight =
+        |rig: &Rig| -> Value { serde_json::from_str(&rig.get("/api/upgrade/rollback-preflight").1).unwrap() };
+
+    registry.stop().unwrap();
+    let found = preflight(&rig);
+    assert!(found["available"] == true && found["images"][0]["exists"] == true, "{found}");
+    let out = rig.cli(&["rollback", "--reason", "the registry is away"]);
+    assert!(out.status.success() && said(&out).contains("0.1.0 runs"), "{}\n{}", said(&out), rig.told());
+    let (code, body) = get(rig.web, "/version", "").unwrap();
+    assert_eq!((code, body.trim()), (200, "version=0.1.0;"));
+
+    registry.start_again().unwrap();
+    let out = rig.cli(&["start", "0.2.0", "--yes", "--override-quarantine"]);
+    assert!(out.status.success(), "{}\n{}", said(&out), rig.told());
+    let image = preflight(&rig)["images"][0]["image_ref"].as_str().unwrap().to_owned();
+    // Gone from the registry alone: this machine can still start it.
+    registry.stop().unwrap();
+    std::fs::remove_dir_all(registry.storage().unwrap().join("docker")).unwrap();
+    registry.start_again().unwrap();
+    assert_eq!(preflight(&rig)["available"], true);
+    let docker = |arguments: &[&str]| rig.engine.docker(arguments).unwrap();
+    let id = docker(&["image", "inspect", "-f", "{{.Id}}", &image]);
+    for container in docker(&["ps", "-aq", "--filter", &format!("ancestor={id}")]).lines() {
+        docker(&["rm", "-f", container]);
+    }
+    docker(&["rmi", "-f", &id]);
+    let found = preflight(&rig);
+    let gone = &found["images"][0];
+    assert!(found["available"] == false && gone["exists"] == false && gone["error"] == "", "{found}");
+    let line = refused(&rig.cli(&["rollback"]), 3, &["0.1.0 is gone", &image]);
+    assert!(line.contains(found["reason"].as_str().unwrap()), "{line}");
+    // Nothing was touched, and whoever tried is written down.
+    let (_, body) = get(rig.web, "/version", "").unwrap();
+    assert_eq!((body.trim(), &rig.status()["state"]), ("version=0.2.0;", &"succeeded".into()));
+    let told = said(&rig.cli(&["history", "--refusals"]));
+    assert!(told.contains("admin") && told.contains("POST /api/upgrade/rollback") && told.contains(&image), "{told}");
 }
 
 #[test]

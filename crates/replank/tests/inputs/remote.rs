@@ -24,23 +24,29 @@ fn a_remote_that_is_away_or_hostile_is_told_and_nothing_else_stops() {
     ];
     for (name, fault, parts) in hostile {
         rig.git.set_fault(fault);
-        look(&rig, name, parts);
+        look(&mut rig, name, parts);
     }
     rig.git.stop();
-    look(&rig, "is away", &["cannot be reached"]);
+    look(&mut rig, "is away", &["cannot be reached"]);
     rig.git.start_again().unwrap();
     // Names that no git would write are not offered, and do not reach a terminal. Last, as a good look is kept for a while.
     rig.git.set_fault(Fault::Refs(vec![
         (id.clone(), b"refs/tags/v0.1.2\x1b]0;owned\x07".to_vec()),
         (id.clone(), b"refs/tags/v0.1.3\r\xe2\x80\xae".to_vec()),
     ]));
-    look(&rig, "has control characters in a name", &[]);
+    look(&mut rig, "has control characters in a name", &[]);
     rig.git.set_fault(Fault::None);
     rig.goes_on("0.2.0");
+    // What git was told and said is where the advice of a failed fetch sends people.
+    let told = rig.told();
+    assert!(told.contains("fetch: $ git clone --depth 1") && told.contains("fetch: Cloning into"), "{told}");
 }
 
 /// Candidates say what is wrong with the remote, a check fails with one line, and no job begins.
-fn look(rig: &Rig, name: &str, parts: &[&str]) {
+fn look(rig: &mut Rig, name: &str, parts: &[&str]) {
+    // A failure is kept for 15 s, and a controller that has just started knows of none.
+    drop(rig.serving.take());
+    rig.serve();
     let out = rig.cli(&["candidates", "--json"]);
     assert!(out.status.success(), "{name}: {out:?}");
     let found: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();

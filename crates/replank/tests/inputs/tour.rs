@@ -35,6 +35,17 @@ fn json(rig: &Rig, arguments: &[&str]) -> Value {
     serde_json::from_str(text.trim().lines().last().unwrap_or_default()).expect("JSON")
 }
 
+/// Contract §3: the commands of the escape hatch stand in the history before the platform is touched.
+fn the_way_back_was_told_first(rig: &Rig) {
+    let job = rig.status()["job_id"].clone();
+    let events: Vec<Value> = rig.history().into_iter().filter(|e| e["job_id"] == job).collect();
+    let first =
+        |name: &str| events.iter().position(|e| e["event"] == name).unwrap_or_else(|| panic!("no {name}: {events:?}"));
+    assert!(first("escape_hatch") < first("intended"), "{events:?}");
+    let commands = events[first("escape_hatch")]["commands"].as_array().cloned().unwrap_or_default();
+    assert!(commands.iter().any(|c| c.as_str().is_some_and(|c| c.contains("docker"))), "{commands:?}");
+}
+
 #[test]
 fn every_command_answers_a_new_user() {
     let mut rig = Rig::prepare(Options::default());
@@ -46,7 +57,7 @@ fn every_command_answers_a_new_user() {
     refused(&show(&rig, &["deploy"]), 1, &["deployed already", "replank start"]);
     rig.serve();
 
-    well(&rig, &["status"], &["inputs", "0.1.0", "succeeded"]);
+    well(&rig, &["status"], &["inputs", "0.1.0", "succeeded", "what runs is the newest"]);
     well(&rig, &["candidates"], &["nothing newer than 0.1.0"]);
     refused(&show(&rig, &["start", "--yes"]), 3, &["nothing newer"]);
     refused(&show(&rig, &["rollback"]), 3, &["snapshot"]);
@@ -64,7 +75,8 @@ fn every_command_answers_a_new_user() {
     refused(&show(&rig, &["start", "v1", "--yes"]), 2, &["v1"]);
     well(&rig, &["start", "--yes", "--reason", "because"], &["building", "succeeded", "0.2.0 runs"]);
     assert_eq!(json(&rig, &["status"])["running_version"], "0.2.0");
-    well(&rig, &["status"], &["because", "rollback"]);
+    well(&rig, &["status"], &["because", "rollback", "what runs is the newest"]);
+    the_way_back_was_told_first(&rig);
     well(&rig, &["logs", "app"], &["COPY www /www"]);
     well(&rig, &["logs", "-f", "app"], &["COPY www /www"]);
     let line: Value = json(&rig, &["logs", "app"]);
@@ -74,6 +86,12 @@ fn every_command_answers_a_new_user() {
     let commands = well(&rig, &["escape-hatch"], &["docker"]);
     assert!(commands.lines().count() >= 1);
     well(&rig, &["history"], &["start", "succeeded", "because"]);
+    // Up to date is no news.
+    let found = rig.history().into_iter().filter(|e| e["event"] == "candidate_detected").collect::<Vec<_>>();
+    assert!(found.iter().all(|e| e["version"].as_str().is_some_and(|v| !v.is_empty())), "{found:?}");
+    assert_eq!(found.iter().filter(|e| e["version"] == "0.2.0").count(), 1, "{found:?}");
+    well(&rig, &["history", "--refusals"], &["admin", "POST /api/upgrade/rollback", "no snapshot"]);
+    assert_eq!(json(&rig, &["history", "--refusals", "--limit", "1"])["refusals"].as_array().map(Vec::len), Some(1));
     well(&rig, &["history", "--verify"], &["consistent with anchor"]);
     assert_eq!(json(&rig, &["history", "--verify"])["consistent"], true);
     assert!(json(&rig, &["history", "--limit", "3"])["events"].as_array().is_some_and(|e| e.len() == 3));
@@ -90,6 +108,9 @@ fn every_command_answers_a_new_user() {
     refused(&show(&rig, &["rollback", "--token-file", &eve]), 5, &["admin"]);
     well(&rig, &["token", "revoke", "eve"], &["eve"]);
     refused(&show(&rig, &["token", "revoke", "eve"]), 3, &["eve"]);
+    well(&rig, &["history"], &["token_changed", "change=created", "change=revoked", "token=eve"]);
+    well(&rig, &["history", "--refusals"], &["eve", "the token's role is reader", "quarantine"]);
+    well(&rig, &["history", "--verify"], &["consistent with anchor"]);
     refused(&show(&rig, &["status", "--token-file", &eve]), 5, &["token"]);
     assert!(json(&rig, &["token", "list"])["tokens"].as_array().is_some_and(|all| all.len() == 2));
     std::fs::write(&eve, "").unwrap();

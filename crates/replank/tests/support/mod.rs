@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
@@ -80,6 +80,8 @@ pub struct Double {
     pub live: watch::Sender<Live>,
     /// Given once to the next command instead of success.
     pub refuse: Mutex<Option<Refusal>>,
+    /// No remote is configured.
+    pub is_alone: AtomicBool,
     pub log: Mutex<(Option<Vec<u8>>, bool)>,
     pub grown: Notify,
     pub calls: Mutex<Vec<(String, Actor)>>,
@@ -91,6 +93,7 @@ impl Double {
             record: Mutex::new(record()),
             live: watch::Sender::new(Live::default()),
             refuse: Mutex::default(),
+            is_alone: AtomicBool::new(false),
             log: Mutex::default(),
             grown: Notify::new(),
             calls: Mutex::default(),
@@ -139,6 +142,16 @@ impl Engine for Double {
             tag_object: None,
             refused: refused.map(str::to_owned),
         };
+        if self.is_alone.load(Ordering::SeqCst) {
+            return self.look(Candidates {
+                configured: false,
+                remote: None,
+                running_version: "0.1.0".into(),
+                candidates: vec![],
+                refused: vec![],
+                error: None,
+            });
+        }
         self.look(Candidates {
             configured: true,
             remote: Some("https://user:pw@git.test/shop.git".into()),
@@ -171,8 +184,8 @@ impl Engine for Double {
     async fn cancel(&self, actor: &Actor, _: &str) -> Result<Record, Refusal> {
         self.command("cancel", actor)
     }
-    async fn keep(&self, actor: &Actor) -> Result<Record, Refusal> {
-        self.command("keep", actor)
+    async fn keep(&self, actor: &Actor, reason: &str) -> Result<Record, Refusal> {
+        self.command(&format!("keep {reason}"), actor)
     }
     async fn reset(&self, actor: &Actor, _: &str) -> Result<Record, Refusal> {
         self.command("reset", actor)

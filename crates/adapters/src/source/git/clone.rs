@@ -310,7 +310,7 @@ impl Fetch<'_> {
         {
             return not_a_commit(&self.target.raw_ref, sha);
         }
-        fault.advice("look at the fetch log; Replank tries again")
+        fault.advice("look at the lines of the fetch in the controller's log (level info); Replank tries again")
     }
 
     async fn ask_git(&self, args: &[&str], src: &Path, home: &Path, capture: usize) -> Result<Vec<u8>, Fault> {

@@ -1,0 +1,413 @@
+//! The engine's commands over a real ledger, where the remote and the registries are doubles: for answers that no real one
+//! can be made to give at the moment that matters.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicI64, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use replank::engine::api::{Engine as _, Refusal, StartRequest};
+use replank::engine::{LocalEngine, Ports, Recipes, Reconciler, Setup, Shared};
+use replank::system::SystemIds;
+use replank_adapters::ledger::sqlite::SqliteLedger;
+use replank_adapters::logs::sqlite::SqliteLogs;
+use replank_adapters::sqlite::Store;
+use replank_core::fault::Fault;
+use replank_core::image::ImageId;
+use replank_core::phase::*;
+use replank_core::policy::Policy;
+use replank_core::ports::*;
+use replank_core::record::*;
+use replank_core::words::*;
+use serde_json::Value;
+use support::{Hand, SHA, deployment, name, record};
+
+/// What the remote's credential is, which nothing may show.
+const SECRET: &str = "hunter2-of-the-remote";
+const NEVER: &str = "no case comes here";
+
+/// A remote that says what a case wants, and counts how often it was asked.
+#[derive(Debug)]
+struct Remote {
+    /// Newest first; a failure where there is none.
+    tags: Mutex<Option<Vec<TagRef>>>,
+    asked: AtomicU32,
+    /// How long each look takes by the case's clock.
+    takes: AtomicI64,
+    clock: Arc<Hand>,
+}
+
+impl Remote {
+    fn is_away(&self) {
+        *self.tags.lock().unwrap() = None;
+    }
+
+    fn offers(&self, versions: &[&str]) {
+        let tag = |version: &&str| TagRef {
+            version: version.parse().unwrap(),
+            raw_ref: format!("refs/tags/v{version}"),
+            commit: CommitSha::new(SHA).unwrap(),
+            tag_object: None,
+            refused: None,
+        };
+        *self.tags.lock().unwrap() = Some(versions.iter().map(tag).collect());
+    }
+
+    fn asked(&self) -> u32 {
+        self.asked.load(Ordering::SeqCst)
+    }
+}
+
+#[async_trait]
+impl Source for Remote {
+    fn remote(&self) -> String {
+        "https://git.test/shop.git".to_owned()
+    }
+    async fn refs(&self) -> Result<Refs, Fault> {
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        // Others get their turn while this look is under way.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        self.clock.0.fetch_add(self.takes.load(Ordering::SeqCst), Ordering::SeqCst);
+        let away = || Fault::transient("the git remote cannot be reached").advice("look at its machine");
+        Ok(Refs { tags: self.tags.lock().unwrap().clone().ok_or_else(away)?, branch: None })
+    }
+    async fn fetch(&self, _: &JobId, _: &Target, log: &dyn Log) -> Result<Tree, Fault> {
+        log.write(Stream::Stdout, b"$ git clone --depth 1 https://git.test/shop.git\n");
+        log.write(Stream::Stderr, format!("remote: hello {SECRET}\nfatal: the pack is damaged").as_bytes());
+        Err(Fault::permanent("git clone failed").advice("have it mended").because("exit code 128"))
+    }
+    async fn read(&self, _: &Tree, _: &str, _: usize) -> Result<Option<Vec<u8>>, Fault> {
+        panic!("{NEVER}")
+    }
+    async fn check_paths(&self, _: &Tree, _: &str, _: &str, _: &str) -> Result<(), Fault> {
+        panic!("{NEVER}")
+    }
+    async fn discard_all_but(&self, _: Option<&JobId>) -> Result<(), Fault> {
+        Ok(())
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Answer {
+    Has,
+    Lacks,
+    IsAway,
+    Hangs,
+}
+use Answer::*;
+
+#[derive(Debug)]
+struct Shelf(Answer);
+
+#[async_trait]
+impl Registry for Shelf {
+    async fn resolve(&self, image: &ImageId) -> Result<Option<Stored>, Fault> {
+        match self.0 {
+            Has => Ok(Some(Stored { image: image.clone(), created_at: Some(Millis(7)), labels: BTreeMap::new() })),
+            Lacks => Ok(None),
+            IsAway => Err(Fault::transient("the registry cannot be reached").advice("look at its machine")),
+            Hangs => std::future::pending().await,
+        }
+    }
+    async fn protect(&self, _: &ImageId, _: &InstallationId, _: &str) -> Result<(), Fault> {
+        panic!("{NEVER}")
+    }
+    async fn release(&self, _: &ImageId, _: &InstallationId) -> Result<(), Fault> {
+        panic!("{NEVER}")
+    }
+    async fn list(&self, _: &str, _: &InstallationId) -> Result<Vec<(Stored, Vec<String>)>, Fault> {
+        Ok(vec![])
+    }
+    async fn delete(&self, _: &ImageId, _: &InstallationId) -> Result<(), Fault> {
+        panic!("{NEVER}")
+    }
+    async fn discard(&self, _: &str, _: &str, _: &str, _: &BTreeSet<Digest>) -> Result<Discarded, Fault> {
+        panic!("{NEVER}")
+    }
+}
+
+#[derive(Debug)]
+struct Nothing;
+
+#[async_trait]
+impl Builder for Nothing {
+    async fn build(&self, _: &BuildSpec, _: &dyn Log) -> Result<Built, Fault> {
+        panic!("{NEVER}")
+    }
+}
+
+#[async_trait]
+impl Recipes for Nothing {
+    async fn recipes(&self, _: &Tree, _: &Version, _: Option<&Deployment>) -> Result<Fetched, Fault> {
+        panic!("{NEVER}")
+    }
+}
+
+struct World {
+    engine: LocalEngine,
+    remote: Arc<Remote>,
+    clock: Arc<Hand>,
+    ports: Ports,
+    setup: Arc<Setup>,
+    shared: Arc<Shared>,
+    _dir: tempfile::TempDir,
+}
+
+impl World {
+    async fn new(record: Record, registry: Answer, local: Option<Answer>) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).await.unwrap();
+        let ledger = Arc::new(SqliteLedger::new(store.clone(), record.application.clone()));
+        ledger.commit(None, &record, &[]).await.unwrap();
+        let clock = Arc::new(Hand(AtomicI64::new(1_700_000_100_000)));
+        let remote =
+            Remote { tags: Mutex::default(), asked: AtomicU32::new(0), takes: AtomicI64::new(0), clock: clock.clone() };
+        let remote = Arc::new(remote);
+        let ports = Ports {
+            clock: clock.clone(),
+            ids: Arc::new(SystemIds),
+            ledger,
+            logs: Arc::new(SqliteLogs::new(store)),
+            source: Some(remote.clone()),
+            builder: Arc::new(Nothing),
+            registry: Arc::new(Shelf(registry)),
+            local_images: local.map(|answer| Arc::new(Shelf(answer)) as Arc<dyn Registry>),
+            platform: None,
+        };
+        let setup = Arc::new(Setup {
+            application: record.application.clone(),
+            installation: record.installation.clone(),
+            me: ControllerId::Host,
+            instance: "one".to_owned(),
+            policy: Policy::default(),
+            mode: Mode::BlueGreen,
+            on_rollout_failure: OnRolloutFailure::Hold,
+            own_version: None,
+            components: vec![name("api")],
+            secrets: vec![SECRET.to_owned()],
+            recipes: Arc::new(Nothing),
+        });
+        let shared = Arc::new(Shared::default());
+        let engine = LocalEngine::new(ports.clone(), setup.clone(), shared.clone());
+        Self { engine, remote, clock, ports, setup, shared, _dir: dir }
+    }
+
+    /// With a remote, and images that nobody asks for.
+    async fn of_remote() -> Self {
+        Self::new(record(), Lacks, None).await
+    }
+
+    fn later(&self, millis: i64) {
+        self.clock.0.fetch_add(millis, Ordering::SeqCst);
+    }
+
+    async fn error_of_candidates(&self) -> Option<String> {
+        self.engine.candidates().await.unwrap().error
+    }
+
+    async fn events(&self) -> Vec<Value> {
+        let lines = self.engine.history(100).await.unwrap();
+        lines.iter().map(|line| serde_json::from_slice(&line.bytes).unwrap()).collect()
+    }
+}
+
+fn alice() -> Actor {
+    Actor { oid: "token:1".to_owned(), name: "alice".to_owned(), from: "127.0.0.1".to_owned() }
+}
+
+fn start() -> StartRequest {
+    StartRequest { confirm_downtime: true, ..StartRequest::default() }
+}
+
+/// Inside the confirm window: 0.2.0 serves, and 0.1.0 is warm.
+fn confirming() -> Record {
+    let mut record = record();
+    let (old, new) = (deployment("0.1.0", '1'), deployment("0.2.0", '2'));
+    let snapshot = Snapshot {
+        deployment: old.clone(),
+        taken_at: Millis(0),
+        keep_until: Millis(i64::MAX),
+        proved_at: Millis(0),
+        extra: BTreeMap::new(),
+    };
+    let way_back = WayBack::Snapshot(Box::new(snapshot.clone()));
+    let swap = Swap::new(Some(old), new.clone(), Mode::BlueGreen, way_back);
+    (record.snapshot, record.serving, record.job) = (Some(snapshot), Some(new), Some(support::job("0.2.0")));
+    record.phase = Phase::Confirming(Confirming { swap, deadline: Some(Millis(i64::MAX)), flip: None });
+    record
+}
+
+#[tokio::test]
+async fn a_rollback_is_refused_only_where_an_image_is_known_to_be_gone() {
+    let succeeded = || {
+        let mut record = confirming();
+        record.phase = Phase::Succeeded { built_only: None };
+        record
+    };
+    for (registry, local, seen, known, goes) in [
+        (Has, None, true, true, true),
+        (Lacks, None, false, true, false),
+        // Nobody knows: no reason to stand in the way (lesson 24 holds for registries too).
+        (IsAway, None, false, false, true),
+        (Hangs, None, false, false, true),
+        // What this machine holds is enough, whatever the registry says.
+        (Lacks, Some(Has), true, true, true),
+        (IsAway, Some(Has), true, true, true),
+        (Hangs, Some(Has), true, true, true),
+        (Lacks, Some(Lacks), false, true, false),
+        (IsAway, Some(Lacks), false, false, true),
+        (Lacks, Some(IsAway), false, false, true),
+        (Has, Some(IsAway), true, true, true),
+    ] {
+        for record in [confirming(), succeeded()] {
+            let case = format!("registry {registry:?}, this machine {local:?}, {}", record.phase.state().name());
+            let world = World::new(record, registry, local).await;
+            let begun = Instant::now();
+            let preflight = world.engine.preflight().await.unwrap();
+            assert!(begun.elapsed() < Duration::from_secs(20), "{case}: a hurry is no time to wait for a registry");
+            assert_eq!((preflight.available, preflight.images.len()), (goes, 1), "{case}");
+            let image = &preflight.images[0];
+            assert_eq!((image.exists, image.error.is_none()), (seen, known), "{case}: {image:?}");
+            let expect = match (seen, known) {
+                (true, _) => "0.1.0 can be restored",
+                (false, true) => "an image of 0.1.0 is gone",
+                (false, false) => "is not known now",
+            };
+            assert!(preflight.reason.contains(expect), "{case}: {}", preflight.reason);
+            assert!(seen || preflight.reason.contains(&image.image_ref), "{case}: {}", preflight.reason);
+            match (goes, world.engine.rollback(&alice(), "").await) {
+                (true, Ok(record)) => assert_eq!(record.phase.state(), State::RollingBack, "{case}"),
+                (false, Err(Refusal::Conflict(why))) => assert_eq!(why, preflight.reason, "{case}"),
+                (_, other) => panic!("{case}: {other:?}"),
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_remote_that_fails_is_not_asked_again_for_15_seconds() {
+    let world = World::of_remote().await;
+    let error = world.error_of_candidates().await.unwrap();
+    assert!(error.contains("cannot be reached") && error.contains("its machine"), "{error}");
+    world.remote.offers(&["0.2.0"]);
+    world.later(14_999);
+    assert_eq!(world.error_of_candidates().await, Some(error));
+    assert_eq!(world.remote.asked(), 1, "the same error, without a new look");
+    world.later(1);
+    assert_eq!(world.error_of_candidates().await, None);
+    assert_eq!(world.remote.asked(), 2);
+    assert_eq!(world.error_of_candidates().await, None);
+    assert_eq!(world.remote.asked(), 2);
+}
+
+#[tokio::test]
+async fn who_waits_for_a_look_that_fails_shares_its_failure() {
+    let world = World::of_remote().await;
+    // Longer than any failure is kept for.
+    world.remote.takes.store(30_000, Ordering::SeqCst);
+    let looks = (0..8).map(|_| world.engine.candidates());
+    for found in futures_util::future::join_all(looks).await {
+        assert!(found.unwrap().error.is_some());
+    }
+    assert_eq!(world.remote.asked(), 1);
+    world.later(60_000);
+    let alice = alice();
+    let checks = (0..8).map(|_| world.engine.check(&alice));
+    for checked in futures_util::future::join_all(checks).await {
+        assert!(matches!(checked, Err(Refusal::Unavailable(_))), "{checked:?}");
+    }
+    assert_eq!(world.remote.asked(), 2);
+}
+
+#[tokio::test]
+async fn a_check_that_failed_counts_as_the_last_one() {
+    let world = World::of_remote().await;
+    assert!(matches!(world.engine.check(&alice()).await, Err(Refusal::Unavailable(why)) if why.contains("reached")));
+    world.remote.offers(&["0.1.0"]);
+    world.later(4_000);
+    let again = world.engine.check(&alice()).await;
+    assert!(matches!(again, Err(Refusal::TooSoon { retry_after_s: 11 })), "{again:?}");
+    assert_eq!(world.remote.asked(), 1);
+    world.later(11_000);
+    world.engine.check(&alice()).await.unwrap();
+    world.later(14_000);
+    // One that went well still counts, as before.
+    let again = world.engine.check(&alice()).await;
+    assert!(matches!(again, Err(Refusal::TooSoon { retry_after_s: 1 })), "{again:?}");
+    assert_eq!(world.remote.asked(), 2);
+}
+
+#[tokio::test]
+async fn a_start_needs_no_new_look_and_does_not_wait_for_an_old_failure() {
+    let world = World::of_remote().await;
+    let away =
+        |started: Result<Record, Refusal>| assert!(matches!(started, Err(Refusal::Unavailable(_))), "{started:?}");
+    away(world.engine.start(&alice(), start()).await);
+    away(world.engine.start(&alice(), start()).await);
+    assert_eq!(world.remote.asked(), 1);
+    // Back, and somebody who was waiting for it gets on.
+    world.remote.offers(&["0.2.0"]);
+    world.later(2_000);
+    let refused = StartRequest { target_version: Some("0.1.0".to_owned()), ..start() };
+    assert!(matches!(world.engine.start(&alice(), refused).await, Err(Refusal::Conflict(_))));
+    // Away again: the targets of the last good look can be started, since their commits are pinned.
+    world.remote.is_away();
+    world.later(5 * 60_000);
+    assert!(world.error_of_candidates().await.is_some());
+    let started = world.engine.start(&alice(), start()).await.unwrap();
+    assert_eq!(started.job.unwrap().target.version.to_string(), "0.2.0");
+}
+
+#[tokio::test]
+async fn who_is_up_to_date_sees_the_newest_release_and_the_history_no_news() {
+    let world = World::of_remote().await;
+    world.remote.offers(&["0.1.0", "0.0.9"]);
+    let latest = world.engine.check(&alice()).await.unwrap().latest;
+    assert_eq!(latest.release.unwrap().0.to_string(), "0.1.0", "what runs is the newest, and that is worth showing");
+    world.later(15_000);
+    world.remote.offers(&["0.2.0", "0.1.0"]);
+    world.engine.check(&alice()).await.unwrap();
+    world.later(15_000);
+    world.engine.check(&alice()).await.unwrap();
+    let events = world.events().await;
+    assert_eq!(events.len(), 1, "{events:?}");
+    assert_eq!((&events[0]["event"], &events[0]["version"]), (&"candidate_detected".into(), &"0.2.0".into()));
+    // A release that is refused is not the newest one, whatever its number.
+    world.later(15_000);
+    world.remote.tags.lock().unwrap().as_mut().unwrap()[0].refused = Some("a branch has its name".to_owned());
+    let latest = world.engine.check(&alice()).await.unwrap().latest;
+    assert_eq!(latest.release.unwrap().0.to_string(), "0.1.0");
+    assert_eq!(world.events().await.len(), 1);
+}
+
+#[tokio::test]
+async fn a_failed_fetch_says_what_git_said_and_no_secret() {
+    let world = World::of_remote().await;
+    world.remote.offers(&["0.2.0"]);
+    world.engine.start(&alice(), start()).await.unwrap();
+    let reconciler = Reconciler::new(world.ports.clone(), world.setup.clone(), world.shared.clone());
+    let run = reconciler.run(|record| !record.phase.state().in_flight());
+    tokio::time::timeout(Duration::from_secs(60), run).await.expect("the job ends");
+    let record = world.engine.record().await.unwrap();
+    let Phase::FailedPre { fault } = &record.phase else { panic!("{:?}", record.phase) };
+    let expect = "git clone failed: exit code 128: the fetch said last: $ git clone --depth 1 https://git.test/shop.git | \
+                  remote: hello *** | fatal: the pack is damaged";
+    assert_eq!((fault.what.as_str(), fault.advice.as_str()), (expect, "have it mended"));
+    assert!(!serde_json::to_string(&world.events().await).unwrap().contains(SECRET));
+}
+
+#[tokio::test]
+async fn a_confirmation_keeps_its_reason() {
+    let world = World::new(confirming(), Has, None).await;
+    let long = "x".repeat(281);
+    assert!(matches!(world.engine.keep(&alice(), &long).await, Err(Refusal::Invalid(_))));
+    world.engine.keep(&alice(), "the numbers are fine").await.unwrap();
+    let events = world.events().await;
+    let kept = &events[events.len() - 1];
+    assert_eq!((&kept["event"], &kept["reason"]), (&"kept".into(), &"the numbers are fine".into()), "{events:?}");
+    assert_eq!(kept["actor"]["name"], "alice");
+}
