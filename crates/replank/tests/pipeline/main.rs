@@ -3,6 +3,7 @@
 
 mod failing_releases;
 mod flips_back;
+mod foreign_engine;
 mod killed_controller;
 mod killed_engine;
 mod retried_builds;
