@@ -60,6 +60,30 @@ fn lesson_2_a_build_has_its_own_budget_from_its_own_intent() {
     }
 }
 
+/// What is retried until the time is over was not too slow: what it died of is told, with what to do about that.
+#[test]
+fn a_budget_that_runs_out_tells_what_the_last_try_died_of() {
+    let budget = i64::try_from(Policy::default().budgets.fetching).unwrap();
+    let died = |advice: &str| {
+        let told = Fault::transient("git clone failed").advice(advice).told();
+        Ended::Badly { told, tries: 3, at: Millis(budget - 1_000) }
+    };
+    let told = |advice: &str, again: bool| {
+        let mut scene = scene(record_in(State::Fetching, Mode::Single)).ended("fetch", died(advice)).at(budget);
+        if again {
+            scene.tasks.running.insert(task("fetch"));
+        }
+        failed(&scene.decide()).unwrap().clone()
+    };
+    // Also while the next try is under way.
+    for again in [false, true] {
+        let fault = told("free some space", again);
+        assert!(fault.what.ends_with("its budget of 600 s; last seen: git clone failed"), "{fault:?}");
+        assert_eq!(fault.advice, "free some space; then start again");
+        assert!(told("", again).advice.contains("raise the budget"));
+    }
+}
+
 #[test]
 fn lesson_3_success_comes_before_the_budget_however_late() {
     for (state, mode, ops, ends) in [
