@@ -128,6 +128,46 @@ fn a_change_that_never_lands_fails_after_its_own_120_seconds() {
     check(120_000, true, false);
 }
 
+/// Found by the model: an earlier job's cut-over arrives in a later job, and what has the traffic cannot be stopped.
+#[test]
+fn traffic_that_an_earlier_job_moved_late_goes_back_before_room_is_made() {
+    let stray = deployment("job-8", 7);
+    let of = |record: Record, traffic: &Deployment, generation| {
+        let scene = scene(record).with(&old(), FULL, true).with(&stray, FULL, false);
+        scene.traffic(traffic, generation).decide()
+    };
+    let mut record = swapping(State::RollingOut, Mode::Single, &[]);
+    record.generation = 2;
+    let Decision::Record(event) = of(record.clone(), &stray, 2) else { panic!("nothing was intended") };
+    assert_eq!(event, Event::OpIntended { op: Op::PinTraffic });
+    let record = replank_core::transition::apply(&record, &event, Millis(0)).unwrap().record;
+    match of(record.clone(), &stray, 2) {
+        Decision::Act(Action::Change { change: Change::Shift { to, generation: 3, .. }, .. }) => {
+            assert_eq!(to.revision, old().revision);
+        }
+        other => panic!("{other:?}"),
+    }
+    let Decision::Record(event) = of(record.clone(), &old(), 3) else { panic!("nothing was observed") };
+    assert_eq!(event, Event::OpObserved { op: Op::PinTraffic });
+    let record = replank_core::transition::apply(&record, &event, Millis(0)).unwrap().record;
+    match of(record, &old(), 3) {
+        Decision::Act(Action::Change { change: Change::Halt { revision }, .. }) => assert_eq!(revision, stray.revision),
+        other => panic!("{other:?}"),
+    }
+    // Where the cut-over is on its way already, its own generation settles that, and what has the traffic waits for it.
+    let mut record = swapping(State::RollingOut, Mode::Single, &[Op::StopOld, Op::StartNew, Op::CutOver]);
+    swap_of(&mut record).ops.get_mut(&Op::CutOver).unwrap().observed_at = None;
+    record.generation = 3;
+    swap_of(&mut record).ops.get_mut(&Op::CutOver).unwrap().generation = 3;
+    let scene = scene(record).with(&old(), NO_WORKER, true).with(&new(), FULL, false).with(&stray, FULL, false);
+    match scene.traffic(&stray, 2).decide() {
+        Decision::Act(Action::Change { change: Change::Shift { to, generation: 3, .. }, .. }) => {
+            assert_eq!(to.revision, new().revision);
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
 #[test]
 fn a_failed_rollout_is_held_or_rolled_back_as_the_policy_says() {
     let decide = |policy, way_back: bool| {
