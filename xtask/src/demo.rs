@@ -6,9 +6,10 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use jiff::Timestamp;
 use replank_testbed::cleanup::{is_stopping, leave_it_to_the_signal};
 use replank_testbed::installed::{InstallOptions, Installed, home_in};
-use replank_testbed::load::Load;
+use replank_testbed::load::{Load, Totals};
 use replank_testbed::{Engine, images, process, sample};
 use serde_json::{Value, json};
 
@@ -22,8 +23,15 @@ const CLIENTS: usize = 4;
 /// A whole upgrade on a slow machine, cold build cache included.
 const UPGRADE_LIMIT: Duration = Duration::from_secs(900);
 const ROLLBACK_LIMIT: Duration = Duration::from_secs(120);
-/// The successor must report within 30 s; waiting longer tells how late it was.
+/// The successor must report within [`RESUME_SECONDS_MAX`]; waiting longer tells how late it was.
 const RESUME_LIMIT: Duration = Duration::from_secs(90);
+
+// What the run must keep to, besides that no request fails.
+const REQUESTS_MIN: u64 = 2_000;
+const RESUME_SECONDS_MAX: f64 = 30.0;
+const FLIP_MS_MAX: f64 = 1_000.0;
+/// How the four upgrades and the rollback end, in this order; the states between them depend on when one looks.
+const ENDS: [&str; 4] = ["confirming", "rolled_back", "succeeded", "failed_rollout"];
 
 #[derive(Debug, clap::Args)]
 pub struct Options {
@@ -42,6 +50,16 @@ pub struct Options {
 }
 
 pub fn run(options: &Options) -> Result<ExitCode> {
+    let shown = show(options);
+    if shown.is_err() && options.auto && options.json {
+        leave_it_to_the_signal();
+        // Whoever reads the last line gets his answer, however early the run ended.
+        println!("{}", result(false, &Measured::default(), &Totals::default()));
+    }
+    shown
+}
+
+fn show(options: &Options) -> Result<ExitCode> {
     if options.replank.is_none() {
         say("building replank (static, optimised)");
     }
@@ -106,13 +124,13 @@ async fn by_hand(world: &World, installed: &Installed) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// What the run measured.
+/// What the run measured; `None` where it did not get that far.
 #[derive(Debug, Default)]
 struct Measured {
     states: Vec<String>,
-    upgrade_seconds: f64,
-    resume_seconds: f64,
-    rollback_flip_ms: f64,
+    upgrade_seconds: Option<f64>,
+    resume_seconds: Option<f64>,
+    rollback_flip_ms: Option<f64>,
 }
 
 async fn auto(options: &Options, world: &World, installed: &Installed) -> Result<ExitCode> {
@@ -131,30 +149,70 @@ async fn auto(options: &Options, world: &World, installed: &Installed) -> Result
         say(&format!("{error:#}"));
         say(&report(world, installed).await);
     }
-    let ok = played.is_ok() && totals.failed == 0;
-    let result = json!({
-        "ok": ok,
-        "states": measured.states,
-        "upgrade_seconds": round(measured.upgrade_seconds),
-        "resume_seconds": round(measured.resume_seconds),
-        "rollback_flip_ms": measured.rollback_flip_ms.round(),
-        "requests": totals.requests,
-        "failed_requests": totals.failed,
-    });
+    let missed = missed(&measured, &totals);
+    for what in &missed {
+        say(&format!("not ok: {what}"));
+    }
+    let ok = played.is_ok() && missed.is_empty();
     if options.json {
-        println!("{result}");
+        println!("{}", result(ok, &measured, &totals));
     } else {
+        let shown =
+            |value: Option<f64>, unit: &str| value.map_or("never".to_owned(), |v| format!("after {v:.1} {unit}"));
         println!(
-            "upgrade {:.1} s, resumed after {:.1} s, rollback flipped after {:.0} ms, {} of {} requests failed: {}",
-            measured.upgrade_seconds,
-            measured.resume_seconds,
-            measured.rollback_flip_ms,
+            "upgraded {}, resumed {}, rollback flipped {}, {} of {} requests failed: {}",
+            shown(measured.upgrade_seconds, "s"),
+            shown(measured.resume_seconds, "s"),
+            shown(measured.rollback_flip_ms, "ms"),
             totals.failed,
             totals.requests,
             if ok { "ok" } else { "not ok" }
         );
     }
     Ok(if ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The last line of `--json`.
+fn result(ok: bool, measured: &Measured, totals: &Totals) -> Value {
+    json!({
+        "ok": ok,
+        "states": measured.states,
+        "upgrade_seconds": measured.upgrade_seconds.map(round),
+        "resume_seconds": measured.resume_seconds.map(round),
+        "rollback_flip_ms": measured.rollback_flip_ms.map(f64::round),
+        "requests": totals.requests,
+        "failed_requests": totals.failed,
+    })
+}
+
+/// What the run did not keep to; nothing that was not measured is kept to.
+fn missed(measured: &Measured, totals: &Totals) -> Vec<String> {
+    let within = |value: Option<f64>, most: f64| value.is_some_and(|value| value <= most);
+    let mut states = measured.states.iter();
+    let in_order = ENDS.iter().all(|end| states.any(|state| state == end));
+    let is_last = measured.states.last().is_some_and(|state| state == ENDS[ENDS.len() - 1]);
+    [
+        (
+            totals.requests >= REQUESTS_MIN,
+            format!("{} requests were made, at least {REQUESTS_MIN} must be", totals.requests),
+        ),
+        (totals.failed == 0, format!("{} requests failed, none may", totals.failed)),
+        (
+            within(measured.resume_seconds, RESUME_SECONDS_MAX),
+            format!("resume_seconds is {:?}, at most {RESUME_SECONDS_MAX} may pass", measured.resume_seconds),
+        ),
+        (
+            within(measured.rollback_flip_ms, FLIP_MS_MAX),
+            format!("rollback_flip_ms is {:?}, at most {FLIP_MS_MAX} may pass", measured.rollback_flip_ms),
+        ),
+        (
+            in_order && is_last,
+            format!("the states {} do not lead through {}", measured.states.join(" "), ENDS.join(", ")),
+        ),
+    ]
+    .into_iter()
+    .filter_map(|(kept, what)| (!kept).then_some(what))
+    .collect()
 }
 
 fn round(seconds: f64) -> f64 {
@@ -165,21 +223,27 @@ async fn play(world: &World, installed: &Installed, load: &Load, measured: &mut 
     let states = &mut measured.states;
 
     say("0.1.0 -> 0.2.0, and kill -9 of the controller in the middle of the build");
-    let begun = Instant::now();
-    installed.start("v0.2.0", false).await?;
-    let row = installed.until_state(UPGRADE_LIMIT, states, &["building"]).await?;
-    // The build of the api takes seconds: give it time to be in the middle of them.
-    tokio::time::sleep(Duration::from_secs(2)).await;
-    let before = installed.history().await?.len();
-    let container = format!("replank-sample-{}-controller", text(&row, "running_revision"));
+    // Found out beforehand, so that nothing stands between a look at the state and the kill.
+    let container = format!("replank-sample-{}-controller", text(&installed.status().await?, "running_revision"));
     let pid = world.engine.docker(&["inspect", "-f", "{{.State.Pid}}", &container])?;
-    let killed = Instant::now();
+    let begun = Instant::now();
+    let row = installed.start("v0.2.0", false).await?;
+    let job = text(&row, "job_id");
+    let over = ["patching", "rolling_out", "validating", "confirming", "succeeded", "failed_pre", "failed_rollout"];
+    let row = installed
+        .until(UPGRADE_LIMIT, states, |row| is_amid_the_build(row) || over.iter().any(|state| row["state"] == *state))
+        .await?;
+    ensure!(is_amid_the_build(&row), "the state was '{}' before the kill could hit the build", text(&row, "state"));
+    let killed = now();
     kill(&world.engine, pid.trim())?;
-    measured.resume_seconds = resumed(installed, before, killed).await?;
-    say(&format!("the successor went on after {:.1} s", measured.resume_seconds));
+    let resume_seconds = resumed(installed, job, killed).await?;
+    measured.resume_seconds = Some(resume_seconds);
+    say(&format!("the successor went on after {resume_seconds:.1} s"));
     installed.until_state(UPGRADE_LIMIT, states, &["confirming"]).await?;
     installed.until(ROLLBACK_LIMIT, states, |row| !text(row, "confirm_deadline").is_empty()).await?;
-    measured.upgrade_seconds = begun.elapsed().as_secs_f64();
+    measured.upgrade_seconds = Some(begun.elapsed().as_secs_f64());
+    let built = first(&installed.history().await?, job, "builds_complete", Timestamp::MIN);
+    ensure!(built.is_some_and(|at| at > killed), "the build was over at {built:?}, before the kill at {killed}");
     expect_serving(load, "0.2.0").await?;
 
     say("roll back to 0.1.0 while it is warm");
@@ -189,8 +253,9 @@ async fn play(world: &World, installed: &Installed, load: &Load, measured: &mut 
     ensure!(row["state"] == "rolled_back", "the rollback ended as {}", row["state"]);
     ensure!(row["running_version"] == "0.1.0", "after the rollback {} runs", row["running_version"]);
     let flip = load.flip_to("0.1.0", asked).context("no answer of 0.1.0 after the rollback")?;
-    measured.rollback_flip_ms = flip.as_secs_f64() * 1_000.0;
-    say(&format!("the old version answered after {:.0} ms", measured.rollback_flip_ms));
+    let flip_ms = flip.as_secs_f64() * 1_000.0;
+    measured.rollback_flip_ms = Some(flip_ms);
+    say(&format!("the old version answered after {flip_ms:.0} ms"));
 
     say("0.2.0 again, with the quarantine overridden");
     let refused = installed
@@ -234,17 +299,36 @@ fn kill(engine: &Engine, pid: &str) -> Result<()> {
     engine.docker(&["run", "--rm", "--pid", "host", "--network", "none", images::BUSYBOX, "kill", "-9", pid]).map(drop)
 }
 
-/// Seconds from the kill to the first event that was recorded after it.
-async fn resumed(installed: &Installed, before: usize, killed: Instant) -> Result<f64> {
-    while killed.elapsed() < RESUME_LIMIT {
+/// The api, whose build takes the longest, has begun and is not done.
+fn is_amid_the_build(row: &Value) -> bool {
+    let api = &row["components"]["api"];
+    row["state"] == "building" && api["state"] == "building" && api["done"].as_u64().is_some_and(|steps| steps > 0)
+}
+
+/// Seconds from the kill to the successor's first event. A controller that goes on with a job says first that it took over;
+/// what its predecessor recorded in its last moments is another event, and older than the kill.
+async fn resumed(installed: &Installed, job: &str, killed: Timestamp) -> Result<f64> {
+    let end = Instant::now() + RESUME_LIMIT;
+    while Instant::now() < end {
         if let Ok(events) = installed.history().await
-            && events.len() > before
+            && let Some(at) = first(&events, job, "took_over", killed)
         {
-            return Ok(killed.elapsed().as_secs_f64());
+            return Ok(at.duration_since(killed).as_secs_f64());
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    bail!("no event within {} s of the kill", RESUME_LIMIT.as_secs())
+    bail!("nobody took the job over within {} s of the kill", RESUME_LIMIT.as_secs())
+}
+
+/// When `event` of this job was first recorded after `since`.
+fn first(events: &[Value], job: &str, event: &str, since: Timestamp) -> Option<Timestamp> {
+    let of_job = events.iter().filter(|e| e["job_id"] == job && e["event"] == event);
+    of_job.filter_map(|e| text(e, "ts").parse().ok()).find(|at| *at > since)
+}
+
+#[expect(clippy::disallowed_methods, reason = "the demo has no clock port, and compares with the times of events")]
+fn now() -> Timestamp {
+    Timestamp::now()
 }
 
 /// The load's latest answers come from `version`.
@@ -279,4 +363,59 @@ async fn report(world: &World, installed: &Installed) -> String {
 
 fn shown(engine: &Engine, arguments: &[&str]) -> String {
     engine.docker(arguments).unwrap_or_else(|e| format!("{e:#}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn good() -> (Measured, Totals) {
+        let states = ["building", "confirming", "rolled_back", "queued", "confirming", "succeeded", "failed_rollout"];
+        let measured = Measured {
+            states: states.map(str::to_owned).into(),
+            upgrade_seconds: Some(40.0),
+            resume_seconds: Some(30.0),
+            rollback_flip_ms: Some(1_000.0),
+        };
+        (measured, Totals { requests: 2_000, failed: 0, failures: vec![] })
+    }
+
+    #[test]
+    fn each_bound_of_the_run_is_held() {
+        let (measured, totals) = good();
+        assert_eq!(missed(&measured, &totals), Vec::<String>::new());
+        type Spoil = fn(&mut Measured, &mut Totals);
+        let cases: [(&str, Spoil); 9] = [
+            ("1999 requests were made", |_, totals| totals.requests = 1_999),
+            ("1 requests failed", |_, totals| totals.failed = 1),
+            ("resume_seconds is Some(30.01)", |measured, _| measured.resume_seconds = Some(30.01)),
+            ("resume_seconds is None", |measured, _| measured.resume_seconds = None),
+            ("rollback_flip_ms is Some(1000.5)", |measured, _| measured.rollback_flip_ms = Some(1_000.5)),
+            ("rollback_flip_ms is None", |measured, _| measured.rollback_flip_ms = None),
+            ("do not lead through", |measured, _| drop(measured.states.pop())),
+            ("do not lead through", |measured, _| drop(measured.states.remove(2))),
+            ("do not lead through", |measured, _| measured.states.push("rolled_back".to_owned())),
+        ];
+        for (expect, spoil) in cases {
+            let (mut measured, mut totals) = good();
+            spoil(&mut measured, &mut totals);
+            let told = missed(&measured, &totals);
+            assert!(told.len() == 1 && told[0].contains(expect), "{expect:?}: {told:?}");
+        }
+    }
+
+    #[test]
+    fn a_predecessor_s_last_words_are_no_successor() {
+        let event = |ts: &str, job: &str, event: &str| json!({"ts": ts, "job_id": job, "event": event});
+        let killed: Timestamp = "2026-01-01T00:00:10Z".parse().expect("a time");
+        let mut events = vec![
+            event("2026-01-01T00:00:01.000Z", "this", "took_over"),
+            event("2026-01-01T00:00:10.001Z", "this", "built"),
+            event("2026-01-01T00:00:10.002Z", "other", "took_over"),
+        ];
+        assert_eq!(first(&events, "this", "took_over", killed), None);
+        events.push(event("2026-01-01T00:00:12.500Z", "this", "took_over"));
+        let at = first(&events, "this", "took_over", killed).expect("a successor");
+        assert_eq!(at.duration_since(killed).as_secs_f64(), 2.5);
+    }
 }

@@ -248,7 +248,10 @@ impl OciClient {
         let (class, advice) = match status.as_u16() {
             401 => (Class::Permanent, "give valid credentials for this registry in the configuration"),
             403 => (Class::Permanent, "give the configured credentials the right to do this in the registry"),
-            405 => (Class::Permanent, "allow this in the registry's configuration (deleting is off by default)"),
+            405 => (
+                Class::Permanent,
+                "allow this in the registry's configuration (in maintenance it takes no uploads, and deleting is off by default)",
+            ),
             404 => (Class::Permanent, "check the repository's name"),
             408 | 425 | 429 => (Class::Transient, ""),
             500..=599 => (Class::Transient, "look at the registry's log for the cause"),

@@ -11,7 +11,7 @@ use crate::fault::Told;
 use crate::phase::{Confirming, Op, Phase, Swap, WayBack};
 use crate::ports::{Change, Observation, Running};
 use crate::record::{ControllerId, Deployment, Overlap};
-use crate::words::ContainerName;
+use crate::words::{ContainerName, RevisionId};
 
 /// How far a swap is to be taken now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -125,9 +125,14 @@ pub fn advance(view: &View<'_>, swap: &Swap, stage: Stage, reverse: bool) -> Ste
         return step;
     }
 
+    if let Some(step) = pin_traffic(view, swap, seen) {
+        return step;
+    }
     // Containers that may not overlap make room first: the old side's, and whatever an earlier, failed swap left running.
-    if let Some((stray, _)) = view.strays_beside(&[swap.from.as_ref(), Some(to)], seen).find(|(_, there)| there.runs())
-    {
+    let has_traffic = |id: &RevisionId| seen.traffic.revision.as_ref() == Some(id);
+    let known = [swap.from.as_ref(), Some(to)];
+    let mut strays = view.strays_beside(&known, seen).filter(|(id, there)| there.runs() && !has_traffic(id));
+    if let Some((stray, _)) = strays.next() {
         return view.act("halt-stray", 1, Change::Halt { revision: stray.clone() });
     }
     let first = old_with(swap, Overlap::StopOldFirst);
@@ -258,6 +263,23 @@ fn cut_over(view: &View<'_>, swap: &Swap, seen: &Observation) -> Option<Step> {
     // What returns alone after a reboot is the deployment that was proved last; that is what a restarted proxy must serve.
     let fallback = view.record.running.clone().filter(|running| running.revision != swap.to.revision);
     operate(view, swap, Op::CutOver, there, |generation| Change::Shift { to: swap.to.clone(), generation, fallback })
+}
+
+/// An earlier job's change of traffic may arrive as late as in this one. What has the traffic cannot be stopped to make room, so
+/// that goes back first to the side that serves by the record, under a generation that refuses the like from then on. Once the
+/// cut-over is intended its own generation does that.
+fn pin_traffic(view: &View<'_>, swap: &Swap, seen: &Observation) -> Option<Step> {
+    let (serving, at) = view.record.serving.as_ref().zip(seen.traffic.revision.as_ref())?;
+    let known = [Some(serving), Some(&swap.to), swap.from.as_ref()];
+    let strayed = known.into_iter().flatten().all(|d| d.revision != *at) && swap.intended(Op::CutOver).is_none();
+    let pinned = swap.intended(Op::PinTraffic);
+    if strayed && pinned.is_none_or(|pinned| pinned.observed_at.is_some()) {
+        return Some(Step::Record(Event::OpIntended { op: Op::PinTraffic }));
+    }
+    pinned?;
+    let fallback = view.record.running.clone().filter(|running| running.revision != serving.revision);
+    let change = |generation| Change::Shift { to: serving.clone(), generation, fallback };
+    operate(view, swap, Op::PinTraffic, !strayed, change)
 }
 
 /// Gives the wheel to the controller of the side that serves, once that controller reports in.

@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -14,7 +15,7 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use base64::Engine as _;
-use futures_util::{TryStreamExt, stream};
+use futures_util::{StreamExt, TryStreamExt, stream};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::sync::oneshot;
 use tokio_util::io::{ReaderStream, StreamReader};
@@ -50,6 +51,9 @@ pub enum Fault {
     Refs(Vec<(String, Vec<u8>)>),
     /// The right answer's head and so many bytes of its body, then the connection is cut.
     CutAfter(u64),
+    /// Of an answer that is longer than so many bytes, the first of them; then the connection stands still. Refs are short and
+    /// pass, a clone's objects do not. See [`GitServer::stalled`].
+    StallAfter(u64),
 }
 
 #[derive(Debug, Clone)]
@@ -97,6 +101,7 @@ struct Shared {
     sign_in: Option<String>,
     fault: Mutex<Fault>,
     seen: Mutex<Vec<Seen>>,
+    stalled: AtomicUsize,
 }
 
 impl GitServer {
@@ -108,8 +113,13 @@ impl GitServer {
         let sign_in = options.sign_in.as_ref().map(|(user, password)| {
             format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(format!("{user}:{password}")))
         });
-        let shared =
-            Arc::new(Shared { root: root.canonicalize()?, sign_in, fault: Mutex::default(), seen: Mutex::default() });
+        let shared = Arc::new(Shared {
+            root: root.canonicalize()?,
+            sign_in,
+            fault: Mutex::default(),
+            seen: Mutex::default(),
+            stalled: AtomicUsize::new(0),
+        });
         let listener = listen(SocketAddr::new(options.bind, 0))?;
         let address = listener.local_addr()?;
         let running = serve(listener, &shared)?;
@@ -136,6 +146,12 @@ impl GitServer {
     #[must_use]
     pub fn seen(&self) -> Vec<Seen> {
         lock(&self.shared.seen).clone()
+    }
+
+    /// How many answers have come to a standstill by [`Fault::StallAfter`] so far.
+    #[must_use]
+    pub fn stalled(&self) -> usize {
+        self.shared.stalled.load(Ordering::SeqCst)
     }
 
     /// Forgets the requests so far.
@@ -202,7 +218,7 @@ async fn answer(State(shared): State<Arc<Shared>>, request: Request) -> Response
     let seen = note(&shared, &request);
     let fault = lock(&shared.fault).clone();
     match &fault {
-        Fault::None | Fault::CutAfter(_) => {}
+        Fault::None | Fault::CutAfter(_) | Fault::StallAfter(_) => {}
         Fault::Status(code) => {
             return StatusCode::from_u16(*code).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR).into_response();
         }
@@ -222,6 +238,7 @@ async fn answer(State(shared): State<Arc<Shared>>, request: Request) -> Response
     match backend(&shared.root, request).await {
         Ok(response) => match fault {
             Fault::CutAfter(bytes) => cut(response, bytes),
+            Fault::StallAfter(bytes) => stall(response, bytes, shared),
             _ => response,
         },
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}")).into_response(),
@@ -352,6 +369,26 @@ fn cut(response: Response, bytes: u64) -> Response {
         left -= take as u64;
         chunk.truncate(take);
         async move { if is_over { Err(std::io::Error::other("cut as ordered")) } else { Ok(chunk) } }
+    });
+    Response::from_parts(head, Body::from_stream(chunks))
+}
+
+fn stall(response: Response, bytes: u64, shared: Arc<Shared>) -> Response {
+    let (head, body) = response.into_parts();
+    let begin = (body.into_data_stream().boxed(), bytes, shared);
+    let chunks = stream::unfold(begin, |(mut chunks, left, shared)| async move {
+        let mut chunk = chunks.next().await?;
+        let Ok(bytes) = &mut chunk else { return Some((chunk, (chunks, left, shared))) };
+        if left == 0 {
+            shared.stalled.fetch_add(1, Ordering::SeqCst);
+            std::future::pending::<()>().await;
+        }
+        let all = bytes.len();
+        let rest = bytes.split_off(all.min(usize::try_from(left).unwrap_or(usize::MAX)));
+        let left = left - (all - rest.len()) as u64;
+        // What was cut off is what the next turn stands still before.
+        let ahead = stream::iter((!rest.is_empty()).then_some(Ok(rest)));
+        Some((chunk, (ahead.chain(chunks).boxed(), left, shared)))
     });
     Response::from_parts(head, Body::from_stream(chunks))
 }

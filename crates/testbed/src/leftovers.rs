@@ -1,6 +1,6 @@
 //! What a run leaves on an engine that is not its own, and its removal: everything else there stays as it is.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
@@ -22,13 +22,15 @@ const KINDS: [(&[&str], &str, &[&str]); 3] = [
 ];
 
 /// Removes what came after it, when it is dropped or the process ends by a signal: installations of the sample that were not
-/// there before, with their containers, networks and images, and the testbed's base images.
+/// there before, with their containers, networks and images, and the testbed's base images. What stood under a base image's
+/// name before stands under it again. The engine's build cache stays: it is shared, and the engine bounds it itself.
 #[derive(Debug)]
 pub struct Leftovers {
     socket: PathBuf,
     scratch: PathBuf,
     installations: BTreeSet<String>,
-    base_images: BTreeSet<&'static str>,
+    /// The image under each name before.
+    base_images: BTreeMap<&'static str, Option<String>>,
     /// Removed once: a second time, the engine would make the mounted directory anew.
     done: AtomicBool,
 }
@@ -39,9 +41,8 @@ impl Leftovers {
     /// # Errors
     /// When the engine does not answer.
     pub fn watch(engine: &Engine, scratch: &Path) -> Result<Arc<Self>> {
-        let installations = of_sample(engine)?.into_iter().map(|thing| thing.installation).collect();
-        let there = |name: &&str| engine.docker(&["image", "inspect", name]).is_ok();
-        let base_images = images::ALL.into_iter().filter(|name| !there(name)).collect();
+        let installations = of_sample(&things(engine)?);
+        let base_images = images::ALL.into_iter().map(|name| (name, id_of(engine, name))).collect();
         let this = Arc::new(Self {
             socket: engine.socket().to_owned(),
             scratch: scratch.to_owned(),
@@ -56,9 +57,12 @@ impl Leftovers {
 
     fn remove(&self) -> Result<()> {
         let engine = Engine::attach(&self.socket)?;
+        // Kept over the rounds: of what is left at last, an image that all applications share, none says that it is the sample's.
+        let mut ours = BTreeSet::new();
         for _ in 0..ROUNDS {
-            let left: Vec<_> =
-                of_sample(&engine)?.into_iter().filter(|t| !self.installations.contains(&t.installation)).collect();
+            let mut left = things(&engine)?;
+            ours.extend(of_sample(&left).difference(&self.installations).cloned());
+            left.retain(|thing| ours.contains(&thing.installation));
             if left.is_empty() {
                 break;
             }
@@ -77,10 +81,16 @@ impl Leftovers {
         if engine.docker(&["image", "inspect", images::BUSYBOX]).is_ok() {
             engine.docker(&[&remove[..], &["rm -rf /scratch/*"]].concat())?;
         }
-        for image in images::ALL.iter().rev().filter(|name| self.base_images.contains(*name)) {
+        for name in images::ALL.iter().rev() {
+            let before = self.base_images.get(name).cloned().flatten();
             // Where the run ended early it was never made.
-            if engine.docker(&["image", "inspect", image]).is_ok() {
-                engine.docker(&["rmi", image])?;
+            let Some(ours) = id_of(&engine, name).filter(|now| before.as_ref() != Some(now)) else { continue };
+            match before {
+                Some(theirs) => {
+                    engine.docker(&["tag", &theirs, name])?;
+                    engine.docker(&["rmi", &ours])?;
+                }
+                None => engine.docker(&["rmi", name]).map(drop)?,
             }
         }
         Ok(())
@@ -104,6 +114,10 @@ impl Drop for Leftovers {
     }
 }
 
+fn id_of(engine: &Engine, image: &str) -> Option<String> {
+    engine.docker(&["image", "inspect", "--format", "{{.Id}}", image]).ok()
+}
+
 struct Thing {
     /// Index in [`KINDS`].
     kind: usize,
@@ -113,13 +127,10 @@ struct Thing {
     application: String,
 }
 
-/// Everything on the engine that belongs to an installation of the sample.
-fn of_sample(engine: &Engine) -> Result<Vec<Thing>> {
-    let mut all = things(engine)?;
-    let of_sample = all.iter().filter(|thing| thing.application == APPLICATION);
-    let ids: BTreeSet<String> = of_sample.map(|thing| thing.installation.clone()).collect();
-    all.retain(|thing| ids.contains(&thing.installation));
-    Ok(all)
+/// The installations of the sample among them.
+fn of_sample(things: &[Thing]) -> BTreeSet<String> {
+    let of_sample = things.iter().filter(|thing| thing.application == APPLICATION);
+    of_sample.map(|thing| thing.installation.clone()).collect()
 }
 
 /// Everything that belongs to any installation.
@@ -128,12 +139,13 @@ fn things(engine: &Engine) -> Result<Vec<Thing>> {
     for (kind, (list, labels, _)) in KINDS.iter().enumerate() {
         let listed = engine.docker(&[list, &["--filter", "label=io.replank.installation"][..]].concat())?;
         let label = |name: &str| format!("{{{{index {labels} \"io.replank.{name}\"}}}}");
-        let format = format!("{} {}", label("installation"), label("application"));
+        // With a mark between them, as the second may be empty and the client's answer is trimmed.
+        let format = format!("{}|{}", label("installation"), label("application"));
         // An image with two names is listed twice.
         for id in listed.split_whitespace().collect::<BTreeSet<_>>() {
             // What has gone meanwhile is not there.
             let Ok(found) = engine.docker(&["inspect", "--format", &format, id]) else { continue };
-            let (installation, application) = found.trim_end_matches('\n').split_once(' ').unwrap_or_default();
+            let (installation, application) = found.split_once('|').unwrap_or_default();
             let (installation, application) = (installation.to_owned(), application.to_owned());
             all.push(Thing { kind, id: id.to_owned(), installation, application });
         }

@@ -13,6 +13,7 @@ pub mod git;
 pub mod images;
 pub mod installed;
 pub mod leftovers;
+pub mod liar;
 pub mod load;
 mod net;
 pub mod process;

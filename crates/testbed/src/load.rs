@@ -39,7 +39,7 @@ pub struct Load {
 }
 
 /// What a load came to.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Totals {
     pub requests: u64,
     pub failed: u64,

@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::Child;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
@@ -40,6 +41,7 @@ pub struct Registry {
 struct Own {
     program: PathBuf,
     rules: Rules,
+    read_only: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -86,7 +88,7 @@ impl Registry {
             .context("there is no docker-registry; install the package of that name")?;
         let remains = Remains::create()?;
         let state = Mutex::new(State { child: None, remains: Some(remains) });
-        let own = Arc::new(Own { program, rules, state });
+        let own = Arc::new(Own { program, rules, read_only: AtomicBool::new(false), state });
         let weak: Weak<Own> = Arc::downgrade(&own);
         cleanup::register(weak);
         let mut failure = None;
@@ -132,6 +134,16 @@ impl Registry {
     /// When its end cannot be waited for.
     pub fn stop(&self) -> Result<()> {
         self.own.stop()
+    }
+
+    /// Restarts it such that it refuses uploads, as in maintenance, or takes them again.
+    ///
+    /// # Errors
+    /// As [`Self::start_again`].
+    pub fn set_read_only(&self, read_only: bool) -> Result<()> {
+        self.own.stop()?;
+        self.own.read_only.store(read_only, Ordering::SeqCst);
+        self.start_again()
     }
 
     /// Starts it on the same port with the same content.
@@ -191,7 +203,10 @@ impl Own {
             "storage": {
                 "filesystem": { "rootdirectory": dir.join("storage") },
                 "delete": { "enabled": self.rules.deletes },
-                "maintenance": { "uploadpurging": { "enabled": false } },
+                "maintenance": {
+                    "uploadpurging": { "enabled": false },
+                    "readonly": { "enabled": self.read_only.load(Ordering::SeqCst) },
+                },
             },
             "http": { "addr": address.to_string(), "secret": "only for uploads that span processes" },
         });

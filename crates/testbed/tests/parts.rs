@@ -88,7 +88,10 @@ fn a_private_engine_runs_survives_a_power_cut_and_leaves_nothing() -> Outcome {
 fn the_git_server_speaks_protocol_2_and_misbehaves_on_demand() -> Outcome {
     let root = tempfile::tempdir()?;
     let mut sample = Repo::create(root.path(), "sample")?;
-    let first = sample.commit(&[Entry::file("a/b.txt", "one"), Entry::script("run.sh", "#!/bin/sh\n")], "one")?;
+    // Does not get smaller by compression.
+    let noise: Vec<u8> = (0..4_096u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    let files = [Entry::file("a/b.txt", "one"), Entry::script("run.sh", "#!/bin/sh\n"), Entry::file("noise", noise)];
+    let first = sample.commit(&files, "one")?;
     sample.tag("v1.0.0", &first, "one")?;
     sample.branch("side", &first)?;
     let sign_in = Some(("user".to_owned(), "secret".to_owned()));
@@ -124,6 +127,14 @@ fn the_git_server_speaks_protocol_2_and_misbehaves_on_demand() -> Outcome {
         server.set_fault(fault.clone());
         assert!(list().is_err(), "{fault:?}");
     }
+    // Refs pass, a clone stands still in the middle.
+    server.set_fault(Fault::StallAfter(1_000));
+    list()?;
+    assert_eq!(server.stalled(), 0);
+    let again = root.path().join("again");
+    let args = ["-c", "http.lowSpeedTime=2", "-c", "http.lowSpeedLimit=1", "clone", "--quiet", &url];
+    assert!(process::run(repo::isolated().args(args).arg(&again)).is_err());
+    assert_eq!(server.stalled(), 1);
     server.set_fault(Fault::None);
     server.stop();
     assert!(list().is_err());

@@ -282,14 +282,30 @@ fn over_budget(view: &View<'_>, budget: u64, otherwise: Decision) -> Decision {
 }
 
 fn failed_budget(view: &View<'_>, budget: u64, why: &str) -> Decision {
+    over(view, budget, why, "look at the log, mend the cause or raise the budget, and start again")
+}
+
+fn over(view: &View<'_>, budget: u64, why: &str, advice: &str) -> Decision {
     let state = view.record.phase.state().name();
     let why = if why.is_empty() { String::new() } else { format!("; last seen: {why}") };
-    Decision::Record(Event::Failed {
-        fault: Told::permanent(
-            format!("'{state}' took longer than its budget of {} s{why}", budget / 1_000),
-            "look at the log, mend the cause or raise the budget, and start again",
-        ),
-    })
+    let what = format!("'{state}' took longer than its budget of {} s{why}", budget / 1_000);
+    Decision::Record(Event::Failed { fault: Told::permanent(what, advice) })
+}
+
+/// What the last try of a task died of is the cause, and what to do about that is the advice; the time that passed is neither.
+fn out_of_time(view: &View<'_>, budget: u64, task: &TaskId, doing: &str) -> Decision {
+    let colon = if doing.is_empty() { "" } else { ": " };
+    match view.tasks.ended.get(task) {
+        Some(Ended::Badly { told, .. }) if told.advice.is_empty() => {
+            failed_budget(view, budget, &format!("{doing}{colon}{}", told.what))
+        }
+        Some(Ended::Badly { told, .. }) => {
+            let advice = format!("{}; then start again", told.advice);
+            over(view, budget, &format!("{doing}{colon}{}", told.what), &advice)
+        }
+        Some(Ended::Well { .. }) | None if doing.is_empty() => failed_budget(view, budget, ""),
+        Some(Ended::Well { .. }) | None => failed_budget(view, budget, &format!("{doing} was not done")),
+    }
 }
 
 /// A task that turns into an event when it ends well, inside a budget. Its result counts before the budget does.
@@ -310,8 +326,7 @@ fn run(
     let deadline = since.plus(budget);
     match view.pause(&task) {
         Pause::GaveUp(fault) => Decision::Record(Event::Failed { fault }),
-        Pause::Until(_, told) if view.now >= deadline => failed_budget(view, budget, &told.what),
-        _ if view.now >= deadline => failed_budget(view, budget, ""),
+        _ if view.now >= deadline => out_of_time(view, budget, &task, ""),
         Pause::None => Decision::Act(action),
         Pause::Running => Decision::Wait { until: Some(deadline), why: format!("{step} is under way") },
         Pause::Until(until, told) => Decision::Wait { until: Some(until.min(deadline)), why: told.what },
@@ -341,12 +356,7 @@ fn decide_building(view: &View<'_>, building: &Building, job: &Job) -> Decision 
         match view.pause(&task) {
             Pause::GaveUp(fault) => return Decision::Record(Event::Failed { fault }),
             _ if view.now >= deadline => {
-                // What the last try died of is the cause; the time that passed is not.
-                let seen = match view.tasks.ended.get(&task) {
-                    Some(Ended::Badly { told, .. }) => format!("the build of {component}: {}", told.what),
-                    Some(Ended::Well { .. }) | None => format!("the build of {component} was not done"),
-                };
-                return failed_budget(view, budget, &seen);
+                return out_of_time(view, budget, &task, &format!("the build of {component}"));
             }
             Pause::None => {
                 let key = job.key(&step, build.attempt);

@@ -6,7 +6,7 @@ use super::task::{CLEAN_UP, PURGE};
 use super::{Action, Decision, Ended, Outcome, View, look_again};
 use crate::event::Event;
 use crate::phase::Phase;
-use crate::ports::{Change, Observation, Running};
+use crate::ports::{Change, Observation, RevisionSeen, Running};
 use crate::record::{ControllerId, Deployment, Overlap};
 use crate::swap::{Fit, Step, fit, hand_over};
 use crate::words::{ContainerName, Millis};
@@ -45,7 +45,7 @@ pub(super) fn decide(view: &View<'_>) -> Decision {
     // the proved one is all that returns after a reboot.
     let held = !is_proved || matches!(record.phase, Phase::FailedRollout { .. } | Phase::RollbackFailed { .. });
     if held {
-        if let Some(step) = one_of_each(view, serving, seen) {
+        if let Some(step) = one_of_each(view, serving, seen).or_else(|| halt_doubles(view, serving, seen)) {
             return as_decision(step);
         }
         return rest("held as it stands until an operator decides");
@@ -126,19 +126,21 @@ fn is_clean_up_due(view: &View<'_>) -> bool {
 }
 
 /// While a failure is held nothing is tidied, but a late start may not leave two of what may not overlap (lesson 35): the
-/// one beside what serves stops.
+/// one in what serves stays, or else the one in what was proved last; the others stop.
 fn one_of_each(view: &View<'_>, serving: &Deployment, seen: &Observation) -> Option<Step> {
     let record = view.record;
     let swap = record.phase.swap();
     let snapshot = record.snapshot.as_ref().map(|s| &s.deployment);
-    let known = [swap.and_then(|s| s.from.as_ref()), swap.map(|s| &s.to), record.running.as_ref(), snapshot];
+    let (from, to) = (swap.and_then(|s| s.from.as_ref()), swap.map(|s| &s.to));
+    let known: Vec<_> = [Some(serving), record.running.as_ref(), from, to, snapshot].into_iter().flatten().collect();
     let runs = |d: &Deployment, name: &ContainerName| {
         let revision = seen.revisions.get(&d.revision);
         let container = revision.and_then(|r| r.containers.get(name));
         container.is_some_and(|c| c.running == Running::Running)
     };
-    for beside in known.into_iter().flatten() {
-        if beside.revision == serving.revision {
+    for (at, beside) in known.iter().enumerate() {
+        let before = &known[..at];
+        if before.iter().any(|d| d.revision == beside.revision) {
             continue;
         }
         let doubled: BTreeSet<_> = beside
@@ -147,16 +149,35 @@ fn one_of_each(view: &View<'_>, serving: &Deployment, seen: &Observation) -> Opt
             .iter()
             .filter(|(name, c)| {
                 let single = c.overlap != Overlap::Allowed && !c.controller;
-                single && runs(beside, name) && runs(serving, name)
+                single && runs(beside, name) && before.iter().any(|d| runs(d, name))
             })
             .map(|(name, _)| name.clone())
             .collect();
         if !doubled.is_empty() {
-            let change = Change::Stop { deployment: beside.clone(), containers: doubled };
+            let change = Change::Stop { deployment: (*beside).clone(), containers: doubled };
             return Some(view.act("stop-doubled", 1, change));
         }
     }
     None
+}
+
+/// The same for what no part of the record knows: a start of an earlier job that arrives late. What is held is this job's, so
+/// that one stops as a whole, as the next swap would stop it.
+fn halt_doubles(view: &View<'_>, serving: &Deployment, seen: &Observation) -> Option<Step> {
+    let runs = |there: &RevisionSeen, name: &ContainerName| {
+        there.containers.get(name).is_some_and(|c| c.running == Running::Running)
+    };
+    let single = |name: &&ContainerName| {
+        let plan = serving.plan.containers.get(*name);
+        plan.is_some_and(|c| c.overlap != Overlap::Allowed && !c.controller)
+    };
+    let held = [view.record.phase.swap().and_then(|swap| swap.from.as_ref())];
+    let (stray, _) = view.strays_beside(&held, seen).find(|(id, there)| {
+        let others = || seen.revisions.iter().filter(|(other, _)| other != id);
+        let mut names = there.containers.keys().filter(single).filter(|name| runs(there, name));
+        names.any(|name| others().any(|(_, other)| runs(other, name)))
+    })?;
+    Some(view.act("halt-stray", 1, Change::Halt { revision: stray.clone() }))
 }
 
 /// What nobody needs any more, most often a release that failed: stopped at once, and removed after a day, so that its

@@ -60,6 +60,30 @@ fn lesson_2_a_build_has_its_own_budget_from_its_own_intent() {
     }
 }
 
+/// What is retried until the time is over was not too slow: what it died of is told, with what to do about that.
+#[test]
+fn a_budget_that_runs_out_tells_what_the_last_try_died_of() {
+    let budget = i64::try_from(Policy::default().budgets.fetching).unwrap();
+    let died = |advice: &str| {
+        let told = Fault::transient("git clone failed").advice(advice).told();
+        Ended::Badly { told, tries: 3, at: Millis(budget - 1_000) }
+    };
+    let told = |advice: &str, again: bool| {
+        let mut scene = scene(record_in(State::Fetching, Mode::Single)).ended("fetch", died(advice)).at(budget);
+        if again {
+            scene.tasks.running.insert(task("fetch"));
+        }
+        failed(&scene.decide()).unwrap().clone()
+    };
+    // Also while the next try is under way.
+    for again in [false, true] {
+        let fault = told("free some space", again);
+        assert!(fault.what.ends_with("its budget of 600 s; last seen: git clone failed"), "{fault:?}");
+        assert_eq!(fault.advice, "free some space; then start again");
+        assert!(told("", again).advice.contains("raise the budget"));
+    }
+}
+
 #[test]
 fn lesson_3_success_comes_before_the_budget_however_late() {
     for (state, mode, ops, ends) in [
@@ -102,6 +126,46 @@ fn a_change_that_never_lands_fails_after_its_own_120_seconds() {
     check(119_999, false, false);
     check(120_000, false, true);
     check(120_000, true, false);
+}
+
+/// Found by the model: an earlier job's cut-over arrives in a later job, and what has the traffic cannot be stopped.
+#[test]
+fn traffic_that_an_earlier_job_moved_late_goes_back_before_room_is_made() {
+    let stray = deployment("job-8", 7);
+    let of = |record: Record, traffic: &Deployment, generation| {
+        let scene = scene(record).with(&old(), FULL, true).with(&stray, FULL, false);
+        scene.traffic(traffic, generation).decide()
+    };
+    let mut record = swapping(State::RollingOut, Mode::Single, &[]);
+    record.generation = 2;
+    let Decision::Record(event) = of(record.clone(), &stray, 2) else { panic!("nothing was intended") };
+    assert_eq!(event, Event::OpIntended { op: Op::PinTraffic });
+    let record = replank_core::transition::apply(&record, &event, Millis(0)).unwrap().record;
+    match of(record.clone(), &stray, 2) {
+        Decision::Act(Action::Change { change: Change::Shift { to, generation: 3, .. }, .. }) => {
+            assert_eq!(to.revision, old().revision);
+        }
+        other => panic!("{other:?}"),
+    }
+    let Decision::Record(event) = of(record.clone(), &old(), 3) else { panic!("nothing was observed") };
+    assert_eq!(event, Event::OpObserved { op: Op::PinTraffic });
+    let record = replank_core::transition::apply(&record, &event, Millis(0)).unwrap().record;
+    match of(record, &old(), 3) {
+        Decision::Act(Action::Change { change: Change::Halt { revision }, .. }) => assert_eq!(revision, stray.revision),
+        other => panic!("{other:?}"),
+    }
+    // Where the cut-over is on its way already, its own generation settles that, and what has the traffic waits for it.
+    let mut record = swapping(State::RollingOut, Mode::Single, &[Op::StopOld, Op::StartNew, Op::CutOver]);
+    swap_of(&mut record).ops.get_mut(&Op::CutOver).unwrap().observed_at = None;
+    record.generation = 3;
+    swap_of(&mut record).ops.get_mut(&Op::CutOver).unwrap().generation = 3;
+    let scene = scene(record).with(&old(), NO_WORKER, true).with(&new(), FULL, false).with(&stray, FULL, false);
+    match scene.traffic(&stray, 2).decide() {
+        Decision::Act(Action::Change { change: Change::Shift { to, generation: 3, .. }, .. }) => {
+            assert_eq!(to.revision, new().revision);
+        }
+        other => panic!("{other:?}"),
+    }
 }
 
 #[test]

@@ -35,10 +35,31 @@ fn a_held_failure_is_left_as_it_stands() {
     let decision = scene(record_in(State::FailedRollout, Mode::BlueGreen))
         .with(&old(), NO_WORKER, false)
         .with(&new(), FULL, false)
-        .with(&stray, FULL, false)
+        .with(&stray, NO_WORKER, false)
         .traffic(&old(), 1)
         .decide();
     assert!(matches!(decision, Decision::Wait { .. }), "{decision:?}");
+}
+
+/// Found by the model: an earlier job's start arrives when a later one's failure is held.
+#[test]
+fn lesson_35_a_late_start_of_an_earlier_job_leaves_no_two_workers_beside_a_held_failure() {
+    let stray = deployment("job-8", 7);
+    let held = || scene(record_in(State::FailedRollout, Mode::BlueGreen)).traffic(&old(), 1);
+    let doubled = held().with(&old(), NO_WORKER, false).with(&new(), FULL, false).with(&stray, FULL, false);
+    match doubled.decide() {
+        Decision::Act(Action::Change { change: Change::Halt { revision }, .. }) => assert_eq!(revision, stray.revision),
+        other => panic!("{other:?}"),
+    }
+    // Of two that the record knows, what was proved last keeps its own, whatever serves.
+    let mut scene = held().with(&new(), FULL, false).with(&stray, FULL, false).with(&old(), NO_WORKER, false);
+    scene.record.running = Some(stray.clone());
+    match scene.decide() {
+        Decision::Act(Action::Change { change: Change::Stop { deployment, containers }, .. }) => {
+            assert_eq!((deployment.revision, containers), (new().revision, BTreeSet::from([name("worker")])));
+        }
+        other => panic!("{other:?}"),
+    }
 }
 
 #[test]

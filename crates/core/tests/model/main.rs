@@ -11,7 +11,8 @@ mod world;
 use std::collections::{BTreeSet, HashSet};
 use std::sync::{Arc, Mutex};
 
-use replank_core::phase::{Mode, State};
+use replank_core::format::FORMAT;
+use replank_core::phase::{Mode, Phase, State};
 use replank_core::record::*;
 use stateright::{Checker, HasDiscoveries, Model, Path, Property};
 
@@ -25,19 +26,36 @@ struct Upgrades {
     rests: Arc<Mutex<HashSet<u64>>>,
     /// Every state that was reached: a search that never gets there proves nothing.
     reached: Arc<Mutex<BTreeSet<State>>>,
+    /// What else was seen of records that not everybody reads.
+    seen: Arc<Mutex<BTreeSet<Seen>>>,
     /// Looks at one property alone.
     only: Option<&'static str>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Seen {
+    Raised,
+    /// A controller runs that cannot read the record any more.
+    Blind,
+    /// A release was refused because its Replank cannot read the record.
+    ReaderRefused,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Move {
     /// The phase's time is over.
     TimePasses,
+    /// At rest, the snapshot's time is over.
+    Expires,
     Receive(usize),
     Answer(usize),
+    /// The ledger's answer to an operator's request is lost; it was taken or it was not.
+    LoseReply(usize, bool),
     Think(usize),
     ThinkAndFail(usize),
     Act(usize),
+    /// The ledger's answer to a controller's commit is lost; it was taken or it was not.
+    LoseAnswer(usize, bool),
     Crash(usize),
     Pause(usize),
     Arrive(usize),
@@ -56,7 +74,21 @@ const FLIGHTS: usize = 3;
 
 impl Upgrades {
     fn new(config: Config) -> Self {
-        Self { config, rests: Arc::default(), reached: Arc::default(), only: None }
+        Self { config, rests: Arc::default(), reached: Arc::default(), seen: Arc::default(), only: None }
+    }
+
+    fn note(&self, world: &World) {
+        let record = &world.record;
+        self.reached.lock().unwrap().insert(record.phase.state());
+        if record.min_reader > FORMAT {
+            let blind = world.controllers.keys().any(|id| reads(&self.config, id) < record.min_reader);
+            let refused =
+                matches!(&record.phase, Phase::FailedPre { fault } if fault.what.contains("reads record format"));
+            let mut seen = self.seen.lock().unwrap();
+            seen.insert(Seen::Raised);
+            seen.extend(blind.then_some(Seen::Blind));
+            seen.extend(refused.then_some(Seen::ReaderRefused));
+        }
     }
 
     fn comes_to_rest(&self, world: &World) -> Result<(), String> {
@@ -84,9 +116,16 @@ impl Model for Upgrades {
         if in_flight && !world.late {
             moves.push(Move::TimePasses);
         }
+        let may_expire = self.config.formats != Formats::One && !in_flight && !world.expired;
+        if may_expire && world.record.snapshot.is_some() {
+            moves.push(Move::Expires);
+        }
         for (i, operator) in world.operators.iter().enumerate() {
             if operator.pending.is_some() {
                 moves.push(Move::Answer(i));
+                if faulty {
+                    moves.extend([Move::LoseReply(i, true), Move::LoseReply(i, false)]);
+                }
             } else if let Some(verb) = operator.script.first() {
                 let allowed = match verb {
                     Verb::Start(_) => in_flight || world.jobs < self.config.jobs,
@@ -98,8 +137,11 @@ impl Model for Upgrades {
             }
         }
         for (i, controller) in world.controllers.values().enumerate() {
-            if controller.pending.is_some() {
+            if let Some(pending) = &controller.pending {
                 moves.push(Move::Act(i));
+                if faulty && matches!(*pending.decision, Thought::Record(_)) {
+                    moves.extend([Move::LoseAnswer(i, true), Move::LoseAnswer(i, false)]);
+                }
             } else {
                 moves.push(Move::Think(i));
             }
@@ -141,8 +183,13 @@ impl Model for Upgrades {
         let mut fault = || world.faults -= 1;
         match action {
             Move::TimePasses => world.late = true,
+            Move::Expires => world.expired = true,
             Move::Receive(i) => turn::receive(config, &mut world, i),
             Move::Answer(i) => turn::answer(config, &mut world, i),
+            Move::LoseReply(i, taken) => {
+                fault();
+                turn::answer_is_lost(config, &mut world, i, taken);
+            }
             Move::Think(i) => {
                 if !turn::think(config, &mut world, &id(i), Local::Well) {
                     return None;
@@ -155,6 +202,10 @@ impl Model for Upgrades {
                 }
             }
             Move::Act(i) => turn::act(config, &mut world, &id(i)),
+            Move::LoseAnswer(i, taken) => {
+                fault();
+                turn::loses_answer(config, &mut world, &id(i), taken);
+            }
             Move::Crash(i) => {
                 fault();
                 let id = id(i);
@@ -231,8 +282,11 @@ impl Model for Upgrades {
             Property::always("nobody retires its own revision", without::<{ broken::OWN_GOAL }>),
             Property::always("what is needed is never removed", without::<{ broken::NEEDED_REMOVED }>),
             Property::always("nothing touched before all is built", without::<{ broken::TOUCHED_EARLY }>),
+            Property::always("nobody acts on a record that it cannot read", without::<{ broken::BLIND }>),
+            Property::always("whoever is needed can read the record", without::<{ broken::SHUT_OUT }>),
+            Property::always("a lost answer doubles nothing", without::<{ broken::TWICE }>),
             Property::always("comes to rest", |model: &Upgrades, world: &World| {
-                model.reached.lock().unwrap().insert(world.record.phase.state());
+                model.note(world);
                 world.broken != 0 || model.comes_to_rest(world).is_ok()
             }),
         ];
@@ -250,6 +304,7 @@ fn config() -> Config {
         jobs: 1,
         rollback: false,
         overlap: Overlap::StopOldFirst,
+        formats: Formats::One,
         mutant: None,
     }
 }
@@ -275,7 +330,7 @@ fn search(model: &Upgrades, most: Option<usize>) -> Searched {
     Searched { states: checker.unique_state_count(), broke: checker.discoveries().into_iter().next() }
 }
 
-fn check(config: &Config, most: Option<usize>) {
+fn check(config: &Config, most: Option<usize>) -> Upgrades {
     let model = Upgrades::new(config.clone());
     let searched = search(&model, most);
     eprintln!("{} states of {config:?}", searched.states);
@@ -298,6 +353,8 @@ fn check(config: &Config, most: Option<usize>) {
     for state in expected {
         assert!(reached.contains(&state), "{} was never reached", state.name());
     }
+    drop(reached);
+    model
 }
 
 /// Every order of everything: two operators, two controllers, late effects, time that runs out. In the full run with a
@@ -346,6 +403,24 @@ fn a_fault_at_any_moment() {
     }
 }
 
+/// Two jobs, of which the first brings a newer Replank that writes what this build cannot read once nobody needs it; the
+/// second brings a newer one too, or this build again. In the full run also with a fault at any moment, as far as the bound goes.
+#[test]
+fn two_versions_of_replank() {
+    const MOST: usize = 1_000_000;
+    for (formats, more) in [(Formats::Newer, Seen::Blind), (Formats::NewerAndBack, Seen::ReaderRefused)] {
+        for mode in [Mode::Single, Mode::BlueGreen] {
+            let config = Config { mode, faults: 0, jobs: 2, rollback: true, formats, ..config() };
+            let model = check(&config, None);
+            let seen = model.seen.lock().unwrap();
+            assert!(seen.is_superset(&[Seen::Raised, more].into()), "{formats:?}, {mode:?}: only {seen:?}");
+            if full() {
+                check(&Config { faults: 1, ..config }, Some(MOST));
+            }
+        }
+    }
+}
+
 /// Deep histories that no exhaustive search reaches: three faults, two jobs, a rollback. The same walks every time.
 #[test]
 fn long_histories_with_many_faults() {
@@ -369,6 +444,7 @@ fn long_histories_with_many_faults() {
             faults: 3,
             jobs: 2,
             rollback: true,
+            formats: [Formats::One, Formats::Newer, Formats::NewerAndBack][walk / 32 % 3],
             mutant: None,
         });
         let mut world = first_world(&model.config);
@@ -408,6 +484,10 @@ fn every_invariant_is_broken_by_a_mutant() {
     let faulty = Config { faults: 1, ..config() };
     let exits = Config { health: Health::Exits, ..faulty.clone() };
     let never = Config { health: Health::Never, ..config() };
+    let newer = Config { formats: Formats::Newer, jobs: 2, rollback: true, ..config() };
+    // Who stands by acts when the driver is quiet.
+    let newer_and_quiet = Config { faults: 1, rollback: false, ..newer.clone() };
+    let and_back = Config { formats: Formats::NewerAndBack, rollback: false, ..newer.clone() };
     for (mutant, property, config) in [
         (Mutant::NoCompareAndSwap, "one job in flight", config()),
         (Mutant::StartInFlight, "one job in flight", config()),
@@ -424,6 +504,12 @@ fn every_invariant_is_broken_by_a_mutant() {
         (Mutant::StartsBeforeBuilt, "nothing touched before all is built", config()),
         (Mutant::NoRepair, "comes to rest", config()),
         (Mutant::NoTakeOver, "comes to rest", exits),
+        (Mutant::ReadsBlindly, "nobody acts on a record that it cannot read", newer_and_quiet),
+        (Mutant::RaisesAtOnce, "whoever is needed can read the record", newer.clone()),
+        (Mutant::RaisesAtOnce, "comes to rest", newer),
+        (Mutant::TakesAnyReader, "whoever is needed can read the record", and_back),
+        (Mutant::CommitsAgain, "a lost answer doubles nothing", faulty.clone()),
+        (Mutant::StartsAgain, "a lost answer doubles nothing", Config { jobs: 2, ..faulty }),
     ] {
         let mut model = Upgrades::new(Config { mutant: Some(mutant), ..config });
         model.only = Some(property);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use replank_core::decide::{self, *};
 use replank_core::event::Event;
+use replank_core::format::{self, FORMAT};
 use replank_core::phase::*;
 use replank_core::policy::Policy;
 use replank_core::ports::*;
@@ -17,12 +18,16 @@ use crate::world::*;
 
 /// Past every budget and window, and short of the day after which old containers are removed.
 const LATE: Millis = Millis(7_200_000);
+/// Past the time of a snapshot that was taken at the beginning.
+const EXPIRED: Millis = Millis(KEEP_UNTIL.0 + 1);
+const KEEP_UNTIL: Millis = Millis(90 * 24 * 3_600_000);
 /// Past the patience with a silent driver, and short of every budget.
 const IMPATIENT: Millis = Millis(20_000);
 const LONG_AGO: Millis = Millis(-1_000_000);
 
 pub fn policy() -> Policy {
-    Policy { proofs: 1, degraded_after: 1, start_attempts: 2, ..Policy::default() }
+    // Retired containers stay: what goes after a day is nobody's way back any more, and would only add states.
+    Policy { proofs: 1, degraded_after: 1, start_attempts: 2, keep_containers: u64::MAX, ..Policy::default() }
 }
 
 /// What a local step of a turn may do instead of going well.
@@ -53,7 +58,10 @@ fn local(config: &Config, world: &mut World, record: &Record, action: &Action) -
         }),
         Action::Prepare => {
             world.protected = true;
-            Outcome::Prepared(Box::new(Prepared { plan: plan(config), escape_hatch: vec![], reads_format: Some(2) }))
+            // What a new release's Replank reads is asked before it has a revision's name.
+            let as_named = RevisionId::new(format!("v0-{minor}-0-new")).unwrap();
+            let told = Some(reads(config, &as_named)).filter(|_| config.mutant != Some(Mutant::TakesAnyReader));
+            Outcome::Prepared(Box::new(Prepared { plan: plan(config), escape_hatch: vec![], reads_format: told }))
         }
         Action::CleanUp => Outcome::CleanedUp,
         Action::Purge => Outcome::Purged(Purged::default()),
@@ -73,12 +81,11 @@ fn local_task(record: &Record, action: &Action) -> TaskId {
     TaskId { job: record.job.as_ref().unwrap().id.to_string(), step, attempt }
 }
 
-fn presences(world: &World, me: &RevisionId, now: Millis) -> Vec<Presence> {
+fn presences(config: &Config, world: &World, me: &RevisionId, now: Millis) -> Vec<Presence> {
     let presence = |(id, controller): (&RevisionId, &Controller)| Presence {
         controller: ControllerId::Revision(id.clone()),
         instance: String::new(),
-        // The newer release's Replank reads a newer format.
-        reads_format: if id.as_str().starts_with("v0-1-") { 1 } else { 2 },
+        reads_format: reads(config, id),
         version: String::new(),
         at: if controller.silent && id != me { LONG_AGO } else { now },
     };
@@ -86,14 +93,24 @@ fn presences(world: &World, me: &RevisionId, now: Millis) -> Vec<Presence> {
 }
 
 /// The times that decisions put into events are made few, so that the world stays finite.
-fn few_times(event: &mut Event) {
+fn few_times(config: &Config, event: &mut Event) {
     match event {
         Event::Converged { deadline } => *deadline = Millis(300_000),
         Event::Prepared { way_back: WayBack::Snapshot(s), .. } => {
-            (s.taken_at, s.keep_until, s.proved_at) = (Millis(0), Millis(i64::MAX), Millis(0))
+            let until = if config.formats == Formats::One { Millis(i64::MAX) } else { KEEP_UNTIL };
+            (s.taken_at, s.keep_until, s.proved_at) = (Millis(0), until, Millis(0))
         }
         _ => {}
     }
+}
+
+/// Whether a revision's Replank can use the record. This build is asked itself, with the record as it would be stored.
+fn is_readable(config: &Config, record: &Record, id: &RevisionId) -> bool {
+    let reads = reads(config, id);
+    if record.min_reader > FORMAT && reads == FORMAT {
+        return format::read(&format::write(record).unwrap()).is_ok();
+    }
+    record.min_reader <= reads
 }
 
 /// Loads, looks, and decides; what was decided is carried out later. False where nothing came of it.
@@ -101,6 +118,11 @@ pub fn think(config: &Config, world: &mut World, id: &RevisionId, how: Local) ->
     let record = Arc::clone(&world.record);
     let mut controller = world.controllers[id].clone();
     let woke = std::mem::take(&mut controller.silent);
+    if !is_readable(config, &record, id) && config.mutant != Some(Mutant::ReadsBlindly) {
+        // It beats on, so that people see it, and leaves everything alone until it is retired.
+        world.controllers.insert(id.clone(), controller);
+        return woke;
+    }
     let mut me = ControllerId::Revision(id.clone());
     if config.mutant == Some(Mutant::ActsForTheDriver) {
         me = record.driver.controller.clone();
@@ -115,6 +137,7 @@ pub fn think(config: &Config, world: &mut World, id: &RevisionId, how: Local) ->
         (true, false, _) | (false, _, true) => Millis(0),
         (false, _, false) => IMPATIENT,
     };
+    let now = if drives && world.expired && !record.phase.state().in_flight() { EXPIRED } else { now };
 
     let asked = decide::ask(&record);
     let mut streaks = Streaks::default();
@@ -140,7 +163,7 @@ pub fn think(config: &Config, world: &mut World, id: &RevisionId, how: Local) ->
     for (task, badly) in &controller.ended {
         tasks.ended.insert(task.clone(), badly.ended());
     }
-    let presences = presences(world, id, now);
+    let presences = presences(config, world, id, now);
     let policy = policy();
     let mut failed = false;
     // A phase before the swap needs one local step at most before it records something.
@@ -181,12 +204,15 @@ pub fn think(config: &Config, world: &mut World, id: &RevisionId, how: Local) ->
     let decision = mutated(config, world, &record, decision);
     if let Decision::Act(Action::Change { change, .. }) = &decision {
         world.broken |= judged(world, &record, id, change);
+        if !is_readable(config, &record, id) {
+            world.broken |= broken::BLIND;
+        }
     }
     controller.pending = Thought::of(decision).map(|mut thought| {
         if let Thought::Record(event) = &mut thought {
-            few_times(event);
+            few_times(config, event);
         }
-        Pending { decision: Arc::new(thought), base: None }
+        Pending::new(thought)
     });
     let something = woke || controller.pending.is_some();
     world.controllers.insert(id.clone(), controller);
@@ -275,7 +301,7 @@ pub fn act(config: &Config, world: &mut World, id: &RevisionId) {
         return;
     };
     match &*pending.decision {
-        Thought::Record(event) => commit(config, world, event, pending.base.as_ref()),
+        Thought::Record(event) => commit(config, world, Some(id), event, &pending),
         Thought::Change(task, change) => {
             let controller = world.controllers.get_mut(id).unwrap();
             controller.running.insert(task.clone());
@@ -307,9 +333,38 @@ fn forged(config: &Config, base: &Record, event: &Event) -> Record {
     base
 }
 
-fn commit(config: &Config, world: &mut World, event: &Event, stale: Option<&Arc<Record>>) {
+/// A commit whose answer does not come: it was `taken`, or it was not. Whoever waited loads again, as if it had been refused.
+pub fn loses_answer(config: &Config, world: &mut World, id: &RevisionId, taken: bool) {
+    let controller = world.controllers.get_mut(id).unwrap();
+    controller.silent = false;
+    let Some(pending) = controller.pending.take() else { return };
+    if let (Thought::Record(event), true) = (&*pending.decision, taken) {
+        commit(config, world, Some(id), event, &pending);
+    }
+    if config.mutant == Some(Mutant::CommitsAgain)
+        && let Some(controller) = world.controllers.get_mut(id)
+    {
+        controller.pending = Some(Pending { again: taken, ..pending });
+    }
+}
+
+/// What a newer Replank may write once nobody who is needed would be shut out by it.
+fn raised(config: &Config, record: &mut Record, writer: Option<&RevisionId>) {
+    let newer = config.formats != Formats::One && writer.is_some_and(|id| reads(config, id) > FORMAT);
+    let all_read = needed(record).all(|id| reads(config, id) > FORMAT);
+    if newer && (all_read || config.mutant == Some(Mutant::RaisesAtOnce)) {
+        (record.format, record.min_reader) = (FORMAT + 1, FORMAT + 1);
+    }
+}
+
+/// `writer`: none for an operator's request, which whichever controller answers records.
+fn commit(config: &Config, world: &mut World, writer: Option<&RevisionId>, event: &Event, pending: &Pending) {
+    let stale = pending.base.as_ref();
     let current = Arc::clone(&world.record);
     let base = stale.unwrap_or(&current);
+    if writer.is_some_and(|id| !is_readable(config, &current, id)) {
+        world.broken |= broken::BLIND;
+    }
     let mut event = event.clone();
     if let (Some(Mutant::NoSnapshot), Event::Prepared { way_back, .. }) = (config.mutant, &mut event) {
         *way_back = WayBack::FirstDeployment;
@@ -328,8 +383,17 @@ fn commit(config: &Config, world: &mut World, event: &Event, stale: Option<&Arc<
         world.broken |= broken::AUDIT_LOST;
     }
     record.history = Head::default();
+    raised(config, &mut record, writer);
+    if needed(&record).any(|id| !is_readable(config, &record, id)) {
+        world.broken |= broken::SHUT_OUT;
+    }
+    let repeats = |job: &Job| current.job.as_ref().is_some_and(|known| known.id == job.id);
+    if pending.again || matches!(&event, Event::Start { job, .. } if repeats(job)) {
+        world.broken |= broken::TWICE;
+    }
     match &event {
         Event::Start { .. } => {
+            world.expired = false;
             if current.phase.state().in_flight() {
                 world.broken |= broken::JOB_REPLACED;
             }
@@ -338,6 +402,7 @@ fn commit(config: &Config, world: &mut World, event: &Event, stale: Option<&Arc<
             world.protected = false;
         }
         Event::Prepared { .. } => record.running.clone_from(&current.running),
+        Event::SnapshotDropped { .. } => world.expired = false,
         Event::Completed | Event::FlippedBack | Event::RolledBack => {
             let running = record.running.as_ref().map(|d| &d.revision);
             let serves = running.and_then(|id| world.platform.revisions.get(id)).is_some_and(Revision::serves);
@@ -380,11 +445,19 @@ fn outdate(config: &Config, world: &mut World, base: &Arc<Record>) {
 pub fn receive(config: &Config, world: &mut World, operator: usize) {
     let verb = world.operators[operator].script.remove(0);
     let event = match verb {
-        Verb::Start(minor) => Event::Start { job: Box::new(job(config, minor)), override_quarantine: true },
+        Verb::Start(minor) => {
+            let job = job(config, minor);
+            // Asked again after a lost answer: the job that is there is the one that was asked for.
+            let is_there = world.record.job.as_ref().is_some_and(|known| known.id == job.id);
+            if is_there && config.mutant != Some(Mutant::StartsAgain) {
+                return;
+            }
+            Event::Start { job: Box::new(job), override_quarantine: true }
+        }
         Verb::Rollback => Event::RollbackStarted { actor: Actor::system(), reason: String::new() },
     };
     if apply(&forged(config, &world.record, &event), &event, Millis(0)).is_ok() {
-        world.operators[operator].pending = Some(Pending { decision: Arc::new(Thought::Record(event)), base: None });
+        world.operators[operator].pending = Some(Pending::new(Thought::Record(event)));
     }
 }
 
@@ -393,8 +466,24 @@ pub fn answer(config: &Config, world: &mut World, operator: usize) {
     if let Some(pending) = world.operators[operator].pending.take()
         && let Thought::Record(event) = &*pending.decision
     {
-        commit(config, world, event, pending.base.as_ref());
+        commit(config, world, None, event, &pending);
     }
+}
+
+/// ... and committed or not, and the answer is lost: the request is looked at again.
+pub fn answer_is_lost(config: &Config, world: &mut World, operator: usize, taken: bool) {
+    let Some(pending) = world.operators[operator].pending.clone() else { return };
+    let Thought::Record(event) = &*pending.decision else { return };
+    let verb = match event {
+        Event::Start { job, .. } => Verb::Start(u8::try_from(job.target.version.minor).unwrap()),
+        _ => Verb::Rollback,
+    };
+    if taken {
+        answer(config, world, operator);
+    }
+    let operator = &mut world.operators[operator];
+    operator.pending = None;
+    operator.script.insert(0, verb);
 }
 
 /// A task is over for who waited for it.

@@ -26,6 +26,9 @@ pub mod broken {
     pub const OWN_GOAL: u16 = 128;
     pub const NEEDED_REMOVED: u16 = 256;
     pub const TOUCHED_EARLY: u16 = 512;
+    pub const BLIND: u16 = 1_024;
+    pub const SHUT_OUT: u16 = 2_048;
+    pub const TWICE: u16 = 4_096;
 }
 
 /// How the new revisions behave.
@@ -38,6 +41,18 @@ pub enum Health {
     Degrades,
     /// Its first container may end by itself, once.
     Exits,
+}
+
+/// Which record formats the releases' Replanks read. The first release's is this very build.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Formats {
+    /// All the same.
+    One,
+    /// The second and third release's are newer. They write what this build cannot read as soon as nobody who is needed
+    /// would be shut out by it.
+    Newer,
+    /// The third release's is this build again.
+    NewerAndBack,
 }
 
 /// A seeded mistake, each of which some invariant must notice.
@@ -71,6 +86,16 @@ pub enum Mutant {
     NoRepair,
     /// Nobody takes over from a silent driver.
     NoTakeOver,
+    /// A record is used whatever reader it asks for.
+    ReadsBlindly,
+    /// A newer Replank writes its own format at once.
+    RaisesAtOnce,
+    /// Nobody asks what the new release's Replank reads.
+    TakesAnyReader,
+    /// A commit whose answer was lost is made again without loading the record.
+    CommitsAgain,
+    /// A start whose answer was lost is made again without a look for its job.
+    StartsAgain,
 }
 
 #[derive(Debug, Clone)]
@@ -86,6 +111,7 @@ pub struct Config {
     pub rollback: bool,
     /// How the second container lives beside its successor.
     pub overlap: Overlap,
+    pub formats: Formats,
     pub mutant: Option<Mutant>,
 }
 
@@ -140,6 +166,14 @@ pub struct Pending {
     pub decision: Arc<Thought>,
     /// What it was decided on, once the ledger has moved on. Only the mutant without compare-and-swap keeps such a commit.
     pub base: Option<Arc<Record>>,
+    /// It was committed, and its answer was lost. Only the mutant that does not load again keeps such a commit.
+    pub again: bool,
+}
+
+impl Pending {
+    pub fn new(thought: Thought) -> Self {
+        Self { decision: Arc::new(thought), base: None, again: false }
+    }
 }
 
 /// The part of a decision that is carried out later.
@@ -198,6 +232,8 @@ pub struct World {
     pub flights: Vec<Flight>,
     /// Every budget of the phase is over.
     pub late: bool,
+    /// At rest, the time of the snapshot is over.
+    pub expired: bool,
     pub faults: u8,
     pub jobs: u8,
     // Ghosts: what the properties need to know and nobody in the model can read.
@@ -220,6 +256,32 @@ pub fn plan(config: &Config) -> Plan {
     let mut plan = support::plan();
     plan.containers.get_mut(&worker()).unwrap().overlap = config.overlap;
     plan
+}
+
+/// The highest record format that a revision's Replank reads.
+pub fn reads(config: &Config, id: &RevisionId) -> u32 {
+    match config.formats {
+        // In a world of one format it does not matter.
+        Formats::One => 2,
+        _ if id.as_str().starts_with("v0-1-") => replank_core::format::FORMAT,
+        Formats::NewerAndBack if id.as_str().starts_with("v0-3-") => replank_core::format::FORMAT,
+        Formats::Newer | Formats::NewerAndBack => replank_core::format::FORMAT + 1,
+    }
+}
+
+/// Everybody who may have to drive from this record on: both sides of a swap that is held as well.
+pub fn needed(record: &Record) -> impl Iterator<Item = &RevisionId> {
+    let swap = record.phase.swap();
+    [
+        record.running.as_ref(),
+        record.serving.as_ref(),
+        record.snapshot.as_ref().map(|s| &s.deployment),
+        swap.and_then(|s| s.from.as_ref()),
+        swap.map(|s| &s.to),
+    ]
+    .into_iter()
+    .flatten()
+    .map(|d| &d.revision)
 }
 
 pub fn first_world(config: &Config) -> World {
@@ -252,6 +314,7 @@ pub fn first_world(config: &Config) -> World {
         platform: Arc::new(platform),
         flights: vec![],
         late: false,
+        expired: false,
         faults: config.faults,
         jobs: 0,
         ran_before: None,

@@ -240,8 +240,9 @@ impl Reconciler {
 
     fn start(&mut self, record: &Record, action: Action) {
         let task = action.task(record);
-        let tries = match self.tasks.ended.remove(&task) {
-            Some(Ended::Badly { tries, .. }) => tries,
+        // How the last try ended stays known until this one has: it is what a budget that runs out meanwhile tells.
+        let tries = match self.tasks.ended.get(&task) {
+            Some(Ended::Badly { tries, .. }) => *tries,
             Some(Ended::Well { .. }) | None => 0,
         };
         self.tasks.running.insert(task.clone());

@@ -1,10 +1,12 @@
 //! Releases that cannot be built.
 
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use replank_testbed::repo::Entry;
 
-use crate::rig::{Options, Rig};
+use crate::rig::{DOCKERFILE, JOB_LIMIT, Options, Rig, get, release};
 
 fn dockerfile(lines: &str) -> Vec<Entry> {
     vec![Entry::file("app/Dockerfile", format!("FROM testbed/busybox\n{lines}\n"))]
@@ -71,6 +73,67 @@ fn a_release_that_cannot_be_built_fails_before_anything_is_touched() {
     rig.repo.remove(&[".replank.toml"], "no manifest").unwrap();
 
     rig.goes_on("0.2.0");
+}
+
+#[test]
+fn a_build_cannot_write_into_the_clone_nor_leave_its_sandbox() {
+    let mut rig = Rig::start(Options::default());
+    // The attempt at the context comes first, and a step that lasts gives the time to look; its zeros make it easy to find.
+    let sleep = "sleep 000000006";
+    let attack = "RUN --mount=type=bind,target=/c,rw touch /c/x && echo spoiled > /c/www/version && rm /c/www/index.html && \
+                  test -e /c/x && test ! -e /c/www/index.html";
+    let mut files = release("0.1.1");
+    files[0] = Entry::file("app/Dockerfile", DOCKERFILE.replacen('\n', &format!("\n{attack}\nRUN {sleep}\n"), 1));
+    rig.publish("0.1.1", &files);
+    if let Some(watch) = rig.watch.take() {
+        drop(watch);
+    }
+    let row = rig.begin("0.1.1");
+    until("the step after the attack runs", || running(sleep));
+    let clone = rig.home.join("work").join(row["job_id"].as_str().unwrap()).join("src");
+    let in_clone = tree(&clone);
+    assert_eq!(in_clone, tree(rig.repo.tree()), "the clone is not the commit any more");
+    assert!(in_clone.contains_key("app/www/index.html") && !in_clone.contains_key("app/x"));
+    let row = rig.end(JOB_LIMIT);
+    assert_eq!(row["state"], "succeeded", "{row}\n{}", rig.told());
+    let (code, body) = get(rig.web, "/version", "").unwrap();
+    assert_eq!((code, body.trim()), (200, "version=0.1.1;"), "later steps see the commit's files");
+
+    // What a build may not have at all, it is refused by the engine, since nobody asks for it on the build's behalf: an old
+    // one does not know the words, a newer one misses the entitlement.
+    for (version, flag, name) in [("0.1.2", "--network=host", "network"), ("0.1.3", "--security=insecure", "security")]
+    {
+        rig.publish(version, &dockerfile(&format!("RUN {flag} id")));
+        let row = rig.run(version);
+        let told = format!("{}; {}", row["failure"], row["advice"]);
+        eprintln!("{flag}: {told}");
+        assert_eq!(row["state"], "failed_pre", "{row}");
+        assert_eq!(row["running_version"], "0.1.1", "{row}");
+        assert!(told.contains("app") && told.contains(name), "{name:?} is not in {told}");
+        assert!(told.contains("correct the Dockerfile"), "nothing says what to do: {told}");
+    }
+    rig.goes_on("0.2.0");
+}
+
+/// Every file below a directory by its path, but for git's own.
+fn tree(root: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut files = BTreeMap::new();
+    let mut left = vec![root.to_owned()];
+    while let Some(dir) = left.pop() {
+        for entry in std::fs::read_dir(&dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.ends_with(".git") {
+                continue;
+            }
+            if path.is_dir() {
+                left.push(path);
+            } else {
+                let name = path.strip_prefix(root).unwrap().to_string_lossy().into_owned();
+                files.insert(name, std::fs::read(&path).unwrap());
+            }
+        }
+    }
+    files
 }
 
 #[test]

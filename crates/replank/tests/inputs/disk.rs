@@ -57,6 +57,34 @@ fn a_full_home_is_told_and_the_job_can_be_started_again() {
 }
 
 #[test]
+fn a_disk_that_is_too_small_for_the_clone_is_told_with_advice() {
+    let mut rig = Rig::prepare(Options { budgets: "fetching_seconds = 6", ..Options::default() });
+    // Of the clones alone: the ledger has its own disk, and goes on.
+    let work = rig.home.join("work");
+    let small = Mounted::in_memory(&work, 40);
+    let deployed = rig.cli(&["deploy", "0.1.0"]);
+    assert!(deployed.status.success(), "{}", said(&deployed));
+    rig.serve();
+
+    // Does not get smaller by compression; lies outside of the context, so that nothing but the clone has to take it.
+    let mut noise = vec![0u8; 24 << 20];
+    getrandom(&mut noise);
+    let mut files = release("0.1.1");
+    files.push(Entry::file("big", noise));
+    rig.publish("0.1.1", &files);
+    rig.fails("0.1.1", &["git clone failed", "free some space on the disk of", work.to_str().unwrap()]);
+    rig.repo.remove(&["big"], "smaller").unwrap();
+    rig.goes_on("0.2.0");
+    drop(rig);
+    drop(small);
+}
+
+fn getrandom(bytes: &mut [u8]) {
+    use std::io::Read as _;
+    std::fs::File::open("/dev/urandom").unwrap().read_exact(bytes).unwrap();
+}
+
+#[test]
 fn a_full_engine_fails_the_build_with_advice() {
     let place = Scratch::create().unwrap();
     let small = Mounted::in_memory(&place.path().join("data"), 300);

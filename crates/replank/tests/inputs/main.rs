@@ -9,6 +9,7 @@ mod config;
 mod disk;
 mod ledger;
 mod parts;
+mod progress;
 mod remote;
 mod rig;
 mod secrets;

@@ -6,6 +6,7 @@ use std::process::Output;
 use std::time::Duration;
 
 use replank_testbed::Registry;
+use replank_testbed::liar::Liar;
 use replank_testbed::repo::Entry;
 use serde_json::Value;
 
@@ -141,6 +142,38 @@ fn a_rollback_needs_no_registry_until_an_image_is_gone_everywhere() {
     assert_eq!((body.trim(), &rig.status()["state"]), ("version=0.2.0;", &"succeeded".into()));
     let told = said(&rig.cli(&["history", "--refusals"]));
     assert!(told.contains("admin") && told.contains("POST /api/upgrade/rollback") && told.contains(&image), "{told}");
+}
+
+#[test]
+fn a_registry_in_maintenance_is_told_at_once() {
+    let registry = Registry::start(IpAddr::V4(Ipv4Addr::LOCALHOST)).unwrap();
+    let mut rig = Rig::start(with_registry(&registry.name(), ""));
+    registry.set_read_only(true).unwrap();
+    rig.publish("0.1.1", &release("0.1.1"));
+    // Long before the budget of half an hour: waiting would not help.
+    let row = rig.fails("0.1.1", &["the push of app", &registry.name(), "405", "takes no uploads"]);
+    let (_, log) = rig.log(&row);
+    assert!(log.contains("takes no uploads"), "{log}");
+    registry.set_read_only(false).unwrap();
+    rig.goes_on("0.2.0");
+}
+
+#[test]
+fn a_registry_that_shows_another_image_than_was_pushed_fails_the_job_and_both_are_named() {
+    let registry = Registry::start(IpAddr::V4(Ipv4Addr::LOCALHOST)).unwrap();
+    let liar = Liar::start(&registry).unwrap();
+    let mut rig = Rig::start(with_registry(&liar.name(), ""));
+    liar.lie(true);
+    rig.publish("0.1.1", &release("0.1.1"));
+    let row = rig.fails("0.1.1", &["the registry has ", "but the engine pushed", "check it"]);
+    // At once, and not tried again: a registry that disagrees once is not believed the second time.
+    let shown = liar.shown();
+    assert_eq!(shown.len(), 1, "{shown:?}");
+    let told = format!("{row}");
+    let (truth, lie) = &shown[0];
+    assert!(told.contains(truth.as_str()) && told.contains(lie.as_str()), "{shown:?} are not both in {told}");
+    liar.lie(false);
+    rig.goes_on("0.2.0");
 }
 
 #[test]

@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod failing_releases;
+mod flips_back;
+mod foreign_engine;
 mod killed_controller;
 mod killed_engine;
 mod retried_builds;

@@ -23,6 +23,8 @@ pub const JOB_LIMIT: Duration = Duration::from_secs(180);
 pub const RESUME_LIMIT_SECONDS: f64 = 30.0;
 /// Long enough to be killed in, short enough to wait for.
 const CONFIRM_WINDOW_SECONDS: u64 = 4;
+/// Only who has the traffic gives out pages, and a load takes some seconds for so many.
+pub const PAGES_GOOD: u32 = 400;
 /// Between two looks at the history when a certain moment is waited for: shorter than an engine's answer.
 const LOOK_EVERY: Duration = Duration::from_millis(3);
 /// Looks at what is still there, while an installation is removed.
@@ -35,17 +37,28 @@ pub const RESTING: [&str; 6] = ["idle", "succeeded", "failed_pre", "failed_rollo
 #[derive(Debug, Clone)]
 pub struct Options {
     pub mode: &'static str,
-    /// An engine that may be killed, instead of the one that all tests share.
+    /// An engine that may be killed, instead of the one that all tests share. It is not tidied up: it goes as a whole.
     pub own_engine: bool,
     pub units: u32,
     /// Good releases that follow v0.3.0, which is the bad one.
     pub more: &'static [&'static str],
+    /// A release after those whose api answers its probes well until it has given out [`PAGES_GOOD`] pages.
+    pub degrades: Option<&'static str>,
+    pub confirm_window_seconds: u64,
     pub policy: &'static [&'static str],
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { mode: "blue-green", own_engine: false, units: SampleOptions::small().units, more: &[], policy: &[] }
+        Self {
+            mode: "blue-green",
+            own_engine: false,
+            units: SampleOptions::small().units,
+            more: &[],
+            degrades: None,
+            confirm_window_seconds: CONFIRM_WINDOW_SECONDS,
+            policy: &[],
+        }
     }
 }
 
@@ -54,7 +67,7 @@ pub struct World {
     events: Option<Child>,
     pub installed: Installed,
     pub engine: Engine,
-    _git: GitServer,
+    pub git: GitServer,
     _scratch: Scratch,
     own_engine: bool,
 }
@@ -63,39 +76,45 @@ impl World {
     /// Installs v0.1.0.
     pub fn start(options: &Options) -> Self {
         cleanup::on_signals().unwrap();
-        let replank = binary();
         let engine = if options.own_engine {
             let engine = Engine::start(&EngineOptions::default()).unwrap();
-            images::busybox(&engine).unwrap();
-            images::cc(&engine).unwrap();
-            images::runtime(&engine, &replank, READS_FORMAT).unwrap();
+            base_images(&engine);
             engine
         } else {
             Engine::from_env().unwrap()
         };
+        Self::install(engine, Scratch::create().unwrap(), options)
+    }
+
+    /// The same on an engine that has the base images.
+    pub fn install(engine: Engine, scratch: Scratch, options: &Options) -> Self {
         let gateway = engine.gateway().expect("an engine on this machine");
-        let scratch = Scratch::create().unwrap();
         let mut sample = Sample::create(scratch.path(), SampleOptions { units: options.units }).unwrap();
+        let health = |text: &str| Entry::file("api/health.h", text);
         for version in options.more {
-            let health = Entry::file("api/health.h", include_str!("../../../testbed/sample/api/health.h"));
             let notes = Entry::file("NOTES", format!("{version}\n"));
-            sample.release(version, &[health, notes], "A release that works").unwrap();
+            let files = [health(include_str!("../../../testbed/sample/api/health.h")), notes];
+            sample.release(version, &files, "A release that works").unwrap();
+        }
+        if let Some(version) = options.degrades {
+            let degrades = format!("#define HEALTH_STATUS (pages > {PAGES_GOOD} ? 503 : 200)\n");
+            sample.release(version, &[health(&degrades)], "A release that works for a while").unwrap();
         }
         let git =
             GitServer::start(scratch.path(), &GitServerOptions { bind: IpAddr::V4(gateway), sign_in: None }).unwrap();
         let installed = Installed::prepare(InstallOptions {
             socket: engine.socket().to_owned(),
             remote: git.url(sample::NAME),
-            replank,
+            replank: binary(),
             home: home_in(scratch.path()),
             mode: options.mode,
-            confirm_window_seconds: CONFIRM_WINDOW_SECONDS,
+            confirm_window_seconds: options.confirm_window_seconds,
             registry: None,
             policy: options.policy.iter().map(|line| (*line).to_owned()).collect(),
         })
         .unwrap();
         let own_engine = options.own_engine;
-        let world = Self { events: None, installed, engine, _git: git, _scratch: scratch, own_engine };
+        let world = Self { events: None, installed, engine, git, _scratch: scratch, own_engine };
         world.installed.deploy("v0.1.0").unwrap();
         world
     }
@@ -273,6 +292,13 @@ impl Drop for World {
     }
 }
 
+/// What the sample's components are built on.
+pub fn base_images(engine: &Engine) {
+    images::busybox(engine).unwrap();
+    images::cc(engine).unwrap();
+    images::runtime(engine, &binary(), READS_FORMAT).unwrap();
+}
+
 /// A recorded event: its name and, for operations, which one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Moment(pub &'static str, pub Option<&'static str>);
@@ -310,4 +336,9 @@ pub fn is_full() -> bool {
 /// SIGKILL of a process of the host.
 pub fn kill_9(pid: &str) {
     process::run(Command::new("kill").args(["-9", pid])).unwrap();
+}
+
+/// SIGSTOP: it does nothing more from here on, whatever else is still to be killed.
+pub fn freeze(pid: &str) {
+    process::run(Command::new("kill").args(["-STOP", pid])).unwrap();
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bollard::models::{BuildInfoAux, ErrorDetail};
-use replank_core::fault::Fault;
+use replank_core::fault::{Class, Fault};
 use replank_core::ports::{BuildSpec, Log, Stream};
 use replank_core::words::Digest;
 use sha2::{Digest as _, Sha256};
@@ -81,7 +81,8 @@ impl DockerBuilder {
         query.push(("session", id.clone()));
         query.push(("buildid", id.clone()));
         let mut running = Running { wire: &wire, build: &id, over: false };
-        let answer = wire.post("/build", &query, &[("content-type", "application/x-tar")]).await?;
+        let answer = wire.post("/build", &query, &[("content-type", "application/x-tar")]).await;
+        let answer = answer.map_err(|fault| not_accepted(spec, fault))?;
         let mut messages = Messages::new(answer);
         let mut tracker = Tracker::new(log, &hide);
         let mut image = None;
@@ -201,6 +202,16 @@ impl DockerBuilder {
         }
         bases
     }
+}
+
+/// What the engine refuses before it begins is in the request, and that comes from the component's configuration.
+fn not_accepted(spec: &BuildSpec, fault: Fault) -> Fault {
+    if fault.class != Class::Permanent || !fault.advice.is_empty() {
+        return fault;
+    }
+    Fault::permanent(format!("the build of {} was not accepted", spec.component))
+        .advice("correct the component's configuration: its platform, target or arguments")
+        .because(fault)
 }
 
 /// The engine's error repeats the instruction and has the exit code at its end: both ends count.

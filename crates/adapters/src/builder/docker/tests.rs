@@ -265,6 +265,38 @@ async fn bad_dockerfiles_fail_with_their_reason() {
 }
 
 #[tokio::test]
+async fn a_platform_is_built_for_when_it_is_the_engine_s_and_refused_clearly_when_it_is_none() {
+    let mut case = Case::with_shell("ARG TARGETPLATFORM\nRUN echo built for $TARGETPLATFORM");
+    let version = engine().docker().version().await.expect("version");
+    let own = format!("{}/{}", version.os.expect("os"), version.arch.expect("architecture"));
+    case.spec.recipe.platform = Some(own.clone());
+    let (built, log) = build(&case, DockerBuilderConfig::default()).await;
+    let built = built.unwrap_or_else(|fault| panic!("{}\n{}", fault.chain(), log.text()));
+    assert!(log.text().contains(&format!("platform={own}")), "{}", log.text());
+    assert!(log.text().contains(&format!("built for {own}")), "{}", log.text());
+    let image = engine().docker().inspect_image(&built.image.reference()).await.expect("image");
+    assert_eq!(format!("{}/{}", image.os.expect("os"), image.architecture.expect("architecture")), own);
+    case.clean().await;
+
+    for (platform, expect) in [
+        ("linux/nonsense/of/parts", "cannot parse platform"),
+        ("banana", "banana"),
+        ("plan9/amd64", "operating system is not supported"),
+    ] {
+        let mut case = Case::with_shell("RUN echo built all the same");
+        case.spec.recipe.platform = Some(platform.to_owned());
+        let (built, log) = build(&case, DockerBuilderConfig::default()).await;
+        let fault = built.expect_err(platform);
+        assert_eq!(fault.class, Class::Permanent, "{platform}: {}", fault.chain());
+        let told = fault.told();
+        eprintln!("{platform}: {}", told.sentence());
+        assert!(told.what.contains("api") && told.what.contains(expect), "{platform}: {:?}\n{}", told.what, log.text());
+        assert!(!told.advice.is_empty(), "{platform}: nothing says what to do");
+        case.clean().await;
+    }
+}
+
+#[tokio::test]
 async fn a_missing_dockerfile_or_a_huge_context_is_refused_before_anything_is_sent() {
     let mut case = Case::with_shell("");
     let limits = ContextLimits { entries: 100, bytes: 1000 };
