@@ -401,7 +401,7 @@ fn what_a_failed_job_pushed_without_a_label_is_remembered() {
             seen: true,
             tried_at: None,
         };
-        assert_eq!(fail(&record), [orphan.clone()], "{}", state.name());
+        assert_eq!(fail(&record), std::slice::from_ref(&orphan), "{}", state.name());
         let cancel = Event::Cancelled { actor: actor(), reason: String::new() };
         assert_eq!(apply(&record, &cancel, Millis(9)).unwrap().record.orphans, [orphan]);
     }

@@ -157,7 +157,7 @@ impl AzExecBuilder {
             return Fault::permanent("the exec server cannot run az")
                 .advice("install the Azure CLI in the container that runs the exec server");
         }
-        if code >= KILLED || code < 0 {
+        if !(0..KILLED).contains(&code) {
             self.lost().insert(spec.key.clone());
             return Fault::indeterminate(format!("az acr build of {what} was killed (exit code {code})"))
                 .advice("its build may go on in the registry's service; it is looked for before another one is begun");
