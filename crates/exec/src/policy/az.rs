@@ -194,7 +194,9 @@ fn stage(_: &Rules, text: &str) -> Judged<()> {
 }
 
 fn platform(_: &Rules, text: &str) -> Judged<()> {
-    plain(text, b"/", "the platform is not such as linux/amd64")
+    let part = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric());
+    let is_one = (1..=128).contains(&text.len()) && text.split('/').count() <= 3 && text.split('/').all(part);
+    if is_one { Ok(()) } else { rule("the platform is not such as linux/amd64") }
 }
 
 fn container(_: &Rules, text: &str) -> Judged<()> {

@@ -172,7 +172,11 @@ fn rev_parse(rules: &Rules, words: &[&str]) -> Judged<()> {
     let peeled = |text: &str| {
         if let Some((commit, path)) = text.split_once(':') {
             reference(rules, commit)?;
-            return relative(path);
+            relative(path)?;
+            // Two dots would make it a range, and the other signs mean something to git that no path needs.
+            let plain = |b: u8| b.is_ascii_alphanumeric() || b"._/-+ ".contains(&b);
+            let is_plain = !path.contains("..") && path.bytes().all(plain);
+            return if is_plain { Ok(()) } else { rule("the path must be relative and stay in the clone") };
         }
         let base = text.split_once("^{").map_or(text, |(base, kind)| match kind {
             "}" | "commit}" | "tree}" | "blob}" | "tag}" => base,
