@@ -321,15 +321,21 @@ impl Rig {
         let mut tags: Vec<String> =
             list["tags"].as_array().into_iter().flatten().map(|tag| tag.as_str().unwrap().to_owned()).collect();
         tags.sort();
-        let digest = |tag: &str| {
+        let digest = |tag: &String| {
             let image = format!("{}/{repository}:{tag}", self.registry.name());
-            process::text(self.engine.docker_command().args(["manifest", "inspect", "--insecure", "--verbose", &image]))
-                .map(|text| {
-                    serde_json::from_str::<Value>(&text).unwrap()["Descriptor"]["digest"].as_str().unwrap().to_owned()
-                })
-                .unwrap()
+            let mut inspect = self.engine.docker_command();
+            inspect.args(["manifest", "inspect", "--insecure", "--verbose", &image]);
+            match process::text(&mut inspect) {
+                Ok(text) => {
+                    let manifest: Value = serde_json::from_str(&text).unwrap();
+                    Some((tag.clone(), manifest["Descriptor"]["digest"].as_str().unwrap().to_owned()))
+                }
+                // It went between listing and looking.
+                Err(error) if format!("{error:#}").contains("no such manifest") => None,
+                Err(error) => panic!("{error:#}"),
+            }
         };
-        tags.iter().map(|tag| (tag.clone(), digest(tag))).collect()
+        tags.iter().filter_map(digest).collect()
     }
 }
 
