@@ -10,7 +10,7 @@ use crate::event::Event;
 use crate::fault::Told;
 use crate::phase::{Confirming, Op, Phase, Swap, WayBack};
 use crate::ports::{Change, Observation, Running};
-use crate::record::{ControllerId, Deployment, Overlap};
+use crate::record::{ContainerPlan, ControllerId, Deployment, Overlap};
 use crate::words::{ContainerName, RevisionId};
 
 /// How far a swap is to be taken now.
@@ -54,6 +54,21 @@ pub enum Fit {
 
 /// Compares a deployment's containers, or some of them, with what was seen.
 pub fn fit<'a>(seen: &Observation, want: &Deployment, names: impl Iterator<Item = &'a ContainerName>) -> Fit {
+    compare(seen, want, names, |_| true)
+}
+
+/// The same, of those containers alone that a side keeps while another one stands beside it. That a controller was restarted a
+/// moment ago says nothing about traffic: it runs, and its probe is asked as the others' are.
+pub fn fit_to_serve(seen: &Observation, want: &Deployment) -> Fit {
+    compare(seen, want, want.plan.with_overlap(Overlap::Allowed), |plan| !plan.controller)
+}
+
+fn compare<'a>(
+    seen: &Observation,
+    want: &Deployment,
+    names: impl Iterator<Item = &'a ContainerName>,
+    heeds_trouble: impl Fn(&ContainerPlan) -> bool,
+) -> Fit {
     let Some(revision) = seen.revisions.get(&want.revision) else {
         return if names.count() == 0 { Fit::Up } else { Fit::NotYet("nothing of it exists yet".to_owned()) };
     };
@@ -76,7 +91,7 @@ pub fn fit<'a>(seen: &Observation, want: &Deployment, names: impl Iterator<Item 
                 return Fit::Crashed(format!("container {name} ended{code}"));
             }
         }
-        if let Some(trouble) = &container.trouble {
+        if let Some(trouble) = container.trouble.as_ref().filter(|_| heeds_trouble(plan)) {
             return Fit::NotYet(format!("container {name}: {trouble}"));
         }
     }
@@ -117,10 +132,7 @@ pub fn advance(view: &View<'_>, swap: &Swap, stage: Stage, reverse: bool) -> Ste
     };
     let to = &swap.to;
 
-    let warm = reverse && {
-        let allowed = to.plan.with_overlap(Overlap::Allowed);
-        fit(seen, to, allowed) == Fit::Up && view.streaks.warm(to, view.policy.proofs)
-    };
+    let warm = reverse && fit_to_serve(seen, to) == Fit::Up && view.streaks.warm(to, view.policy.proofs);
     if warm && let Some(step) = cut_over(view, swap, seen) {
         return step;
     }

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use crate::policy::Policy;
 use crate::ports::{Ask, Observation, Probed};
-use crate::record::{Deployment, Overlap};
-use crate::swap::{Fit, fit};
+use crate::record::Deployment;
+use crate::swap::{Fit, fit, fit_to_serve};
 use crate::words::{Millis, RevisionId};
 
 /// Observations in a row, kept by the loop between turns.
@@ -72,8 +72,7 @@ impl Streaks {
             };
             let early = probed(fit(seen, deployment, deployment.plan.early()));
             self.direct.entry(id.clone()).or_default().see(&early, seen.at, policy);
-            let allowed = deployment.plan.with_overlap(Overlap::Allowed);
-            let warm = probed(fit(seen, deployment, allowed));
+            let warm = probed(fit_to_serve(seen, deployment));
             self.warm.entry(id.clone()).or_default().see(&warm, seen.at, policy);
         }
         let through = ask.through.as_ref().map(|d| &d.revision);

@@ -418,6 +418,31 @@ fn a_warm_old_side_takes_the_traffic_before_anything_else_on_the_way_back() {
     );
 }
 
+/// Found by a demo whose build was short: ten seconds after a kill the old controller still counted as freshly restarted, and
+/// the way back waited for that.
+#[test]
+fn a_controller_that_was_restarted_a_moment_ago_does_not_keep_its_side_from_taking_the_traffic_back() {
+    let decide = |trouble: &str, healthy: bool| {
+        let mut record = swapping(State::RollingBack, Mode::BlueGreen, &[]);
+        let mut back = old();
+        let web = ContainerPlan { component: app(), overlap: Overlap::Allowed, controller: false };
+        back.plan.containers.insert(name("web"), web);
+        swap_of(&mut record).to = back.clone();
+        let mut scene = scene(record).with(&back, &[("app", true), ("web", true)], true).with(&new(), FULL, false);
+        scene.healthy = healthy;
+        let there = scene.seen.revisions.get_mut(&back.revision).unwrap();
+        there.containers.get_mut(&name(trouble)).unwrap().trouble = Some("was restarted 3 s ago".to_owned());
+        scene.traffic(&new(), 1).decide()
+    };
+    let first = |decision: Decision| match decision {
+        Decision::Record(Event::OpIntended { op }) => op,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(first(decide("app", true)), Op::CutOver, "the controller");
+    assert_eq!(first(decide("web", true)), Op::StopOld, "what serves may be in a crash loop");
+    assert_eq!(first(decide("app", false)), Op::StopOld, "its probe counts all the same");
+}
+
 #[test]
 fn traffic_that_a_reboot_moved_in_the_middle_of_a_swap_is_moved_again() {
     for ops in [&[Op::StopOld, Op::StartNew, Op::CutOver][..], &[Op::StopOld, Op::StartNew, Op::CutOver, Op::Settle]] {
