@@ -120,8 +120,10 @@ impl Ledger for SqliteLedger {
             if stored.map(|(version, _)| version) != expected {
                 return stop(LedgerError::Conflict);
             }
-            if let Some((_, min_reader)) = stored.filter(|(_, min_reader)| *min_reader > FORMAT) {
-                return stop(too_new(FormatError::TooNew { min_reader }));
+            if let Some((_, min_reader)) = stored
+                && let Err(error) = format::is_readable(min_reader, FORMAT)
+            {
+                return stop(too_new(error));
             }
             let end: i64 =
                 tx.query_row("SELECT coalesce(max(seq) + 1, 0) FROM history WHERE app = ?1", [app], |r| r.get(0))?;
