@@ -267,7 +267,10 @@ pub fn next(record: &Record, event: &Event, now: Millis) -> Result<Phase, Refuse
             Phase::RollingBack(_) => Err(odd("the restored revision was not observed to serve and settle")),
             _ => Err(wrong()),
         },
-        Event::RepairIntended { .. } | Event::SnapshotDropped { .. } | Event::PurgeTried { .. } => {
+        Event::RepairIntended { .. }
+        | Event::ProvedServes { .. }
+        | Event::SnapshotDropped { .. }
+        | Event::PurgeTried { .. } => {
             if from.in_flight() {
                 Err(wrong())
             } else {
@@ -467,6 +470,13 @@ pub fn apply_as(record: &Record, event: &Event, now: Millis, reads: u32) -> Resu
         Event::RepairIntended { why } => {
             new.generation += 1;
             audit = audit.with("why", why.clone()).with("generation", new.generation);
+        }
+        Event::ProvedServes { why } => {
+            new.serving.clone_from(&record.running);
+            audit = audit.with("why", why.clone());
+            if let Some(running) = &record.running {
+                audit = audit.with("revision", running.revision.as_str());
+            }
         }
         Event::SnapshotDropped { why } => {
             new.snapshot = None;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use replank_core::format;
-use replank_core::history::{Line, Verifier};
+use replank_core::history::Line;
 use replank_core::phase::Phase;
 use replank_core::ports::Presence;
 use replank_core::record::{ControllerId, Deployment, Record};
@@ -17,7 +17,6 @@ pub(crate) struct LedgerState {
     pub record: Option<Arc<Record>>,
     pub version: u64,
     pub lines: Vec<Line>,
-    verifier: Verifier,
     pub presences: BTreeMap<ControllerId, Presence>,
     pub first_seen: BTreeMap<String, CommitSha>,
 }
@@ -43,8 +42,8 @@ impl State {
     pub(crate) fn commit(
         &mut self,
         expected: Option<u64>,
-        record: &Record,
-        lines: &[Line],
+        record: Record,
+        lines: Vec<Line>,
         reads: u32,
         proofs: u32,
     ) -> Result<u64, NotTaken> {
@@ -57,19 +56,18 @@ impl State {
             return Err(NotTaken::Unreadable);
         }
         let before = self.ledger.record.clone();
-        for line in lines {
-            if let Err(broken) = self.ledger.verifier.line(line) {
-                self.violations.push(format!("a commit breaks the chain: {broken}"));
-            }
+        if lines.len() > 1 {
+            self.violations.push("a commit with more than one line".to_owned());
         }
-        self.ledger.lines.extend_from_slice(lines);
-        self.ledger.record = Some(Arc::new(record.clone()));
+        self.ledger.lines.extend(lines);
+        let record = Arc::new(record);
+        self.ledger.record = Some(record.clone());
         self.ledger.version += 1;
-        self.judge(before.as_deref(), record, lines, proofs);
+        self.judge(before.as_deref(), &record, proofs);
         Ok(self.ledger.version)
     }
 
-    fn judge(&mut self, before: Option<&Record>, record: &Record, lines: &[Line], proofs: u32) {
+    fn judge(&mut self, before: Option<&Record>, record: &Record, proofs: u32) {
         let Some(before) = before else { return };
         if before.phase.state().in_flight() && record.job != before.job {
             self.violations.push("a job in flight was replaced by another one".to_owned());
@@ -98,12 +96,8 @@ impl State {
                 }
             }
         }
-        let needed: Vec<(Deployment, u32)> = needed(record).map(|d| (d.clone(), d.reads_format())).collect();
-        for (deployment, _) in needed.iter().filter(|(_, reads)| *reads < record.min_reader) {
+        for deployment in needed(record).filter(|d| d.reads_format() < record.min_reader) {
             self.violations.push(format!("{} can no longer read the record", deployment.version));
-        }
-        if lines.len() > 1 {
-            self.violations.push("a commit with more than one line".to_owned());
         }
     }
 }

@@ -9,6 +9,9 @@ use std::time::Instant;
 use clap::Parser;
 use replank_sim::{Outcome, play};
 
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Simulated upgrades: the production loop under virtual time, with ports that fail in every way.
 #[derive(Debug, Parser)]
 struct Args {
@@ -19,7 +22,7 @@ struct Args {
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// Jobs in one universe.
-    #[arg(long, default_value_t = 20)]
+    #[arg(long, default_value_t = 10)]
     each: u64,
     /// Play the universe of one seed and print what happens in it.
     #[arg(long, value_name = "SEED")]

@@ -229,15 +229,24 @@ impl Ledger for Door {
         Ok(Some((Record::clone(&record), Etag(version.to_string()))))
     }
 
+    async fn version(&self) -> Result<Option<Etag>, LedgerError> {
+        let version = self.call(Kind::Frequent, "version", |world| {
+            let state = world.state();
+            state.ledger.record.is_some().then_some(state.ledger.version)
+        });
+        Ok(version.await.map_err(of_ledger)?.map(|version| Etag(version.to_string())))
+    }
+
     async fn commit(&self, expected: Option<&Etag>, record: &Record, lines: &[Line]) -> Result<Etag, LedgerError> {
         let expected = expected.map(|etag| etag.0.parse::<u64>().unwrap_or(u64::MAX));
         let (record, lines, reads, proofs) = (record.clone(), lines.to_vec(), self.reads, self.world.policy.proofs);
-        let who = format!("{}#{}", self.me, self.number);
+        let (me, number) = (self.me.clone(), self.number);
         let taken = self.call(Kind::Frequent, "commit", move |world| {
-            let taken = world.state().commit(expected, &record, &lines, reads, proofs);
+            let line = lines.first().filter(|_| world.is_traced()).map(|line| line.bytes.clone());
+            let taken = world.state().commit(expected, record, lines, reads, proofs);
             world.tell(|| {
-                let line = lines.first().map(|line| String::from_utf8_lossy(&line.bytes).into_owned());
-                format!("{who} commit {taken:?} {}", line.unwrap_or_default())
+                let line = String::from_utf8_lossy(&line.unwrap_or_default()).into_owned();
+                format!("{me}#{number} commit {taken:?} {line}")
             });
             taken
         });

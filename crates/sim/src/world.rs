@@ -164,6 +164,10 @@ impl World {
         }
     }
 
+    pub(crate) fn is_traced(&self) -> bool {
+        self.is_traced
+    }
+
     pub(crate) fn violated(&self, what: String) {
         self.tell(|| format!("VIOLATION {what}"));
         self.state().violations.push(what);

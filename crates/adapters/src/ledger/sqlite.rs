@@ -93,6 +93,16 @@ impl Ledger for SqliteLedger {
         }
     }
 
+    async fn version(&self) -> Result<Option<Etag>, LedgerError> {
+        let version = self
+            .read(|tx, app| {
+                let found = tx.query_row("SELECT version FROM record WHERE app = ?1", [app], |row| row.get::<_, i64>(0));
+                Ok(found.optional()?)
+            })
+            .await?;
+        Ok(version.map(|version| Etag(version.to_string())))
+    }
+
     async fn commit(&self, expected: Option<&Etag>, record: &Record, lines: &[Line]) -> Result<Etag, LedgerError> {
         let defect = |what: &str| {
             LedgerError::Unavailable(Fault::permanent(what).advice("this is a defect of Replank: report it"))

@@ -116,8 +116,8 @@ impl Reconciler {
                 () = tokio::time::sleep(left.min(POLL_EVERY)) => {}
             }
             self.shared.turned(self.ports.clock.now());
-            match self.ports.ledger.load().await {
-                Ok(Some((_, etag))) if Some(&etag) == self.seen_etag.as_ref() => {}
+            match self.ports.ledger.version().await {
+                Ok(Some(etag)) if Some(&etag) == self.seen_etag.as_ref() => {}
                 Ok(_) | Err(_) => return,
             }
         }
