@@ -4,6 +4,7 @@ mod bench;
 mod build;
 mod demo;
 mod fuzz;
+mod sim;
 mod test;
 mod tidy;
 mod tied;
@@ -32,6 +33,8 @@ enum Task {
     Bench(bench::Options),
     /// Feeds made-up input to what reads input, for a bounded time.
     Fuzz(fuzz::Options),
+    /// Plays upgrades under virtual time, with ports that fail in every way, and judges what each leaves.
+    Sim(sim::Options),
     /// Checks what the compiler does not: dependencies, imports, sizes of files.
     Tidy,
     /// Starts what tests and experiments need (engine, registry, git server, images, sample), prints the environment
@@ -57,6 +60,7 @@ fn run() -> Result<ExitCode> {
         Task::Test(options) => test::run(&options),
         Task::Bench(options) => bench::run(&options),
         Task::Fuzz(options) => fuzz::run(&options),
+        Task::Sim(options) => sim::run(&options),
         Task::Tidy => tidy::run(),
         Task::Engine(options) => world::run(&options).map(|()| ExitCode::SUCCESS),
     }

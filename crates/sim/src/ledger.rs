@@ -10,7 +10,7 @@ use replank_core::ports::Presence;
 use replank_core::record::{ControllerId, Deployment, Record};
 use replank_core::words::CommitSha;
 
-use crate::world::State;
+use crate::world::{Mutant, State};
 
 #[derive(Debug, Default)]
 pub(crate) struct LedgerState {
@@ -41,6 +41,7 @@ impl State {
     /// Takes a commit, as the real one does: all or nothing.
     pub(crate) fn commit(
         &mut self,
+        mutant: Option<Mutant>,
         expected: Option<u64>,
         record: Record,
         lines: Vec<Line>,
@@ -49,7 +50,7 @@ impl State {
     ) -> Result<u64, NotTaken> {
         let stored = self.ledger.record.as_ref().map(|_| self.ledger.version);
         let continues = lines.iter().zip(self.ledger.lines.len() as u64..).all(|(line, seq)| line.seq == seq);
-        if stored != expected || !continues {
+        if (stored != expected || !continues) && mutant != Some(Mutant::NoCompareAndSwap) {
             return Err(NotTaken::Conflict);
         }
         if self.ledger.record.as_ref().is_some_and(|r| format::is_readable(r.min_reader, reads).is_err()) {

@@ -14,3 +14,4 @@ mod universe;
 mod world;
 
 pub use universe::{Outcome, play};
+pub use world::Mutant;

@@ -41,7 +41,7 @@ const TOLD: usize = 10;
 fn main() -> ExitCode {
     let args = Args::parse();
     if let Some(seed) = args.replay {
-        let outcome = play(seed, args.each, true);
+        let outcome = play(seed, args.each, true, None);
         outcome.trace.iter().for_each(|line| println!("{line}"));
         return verdict(outcome.violations.is_empty());
     }
@@ -55,7 +55,7 @@ fn main() -> ExitCode {
             let (next, ended, outcomes) = (next.clone(), ended.clone(), outcomes.clone());
             std::thread::spawn(move || {
                 while ended.load(Ordering::Relaxed) < jobs {
-                    let outcome = play(next.fetch_add(1, Ordering::Relaxed), each, false);
+                    let outcome = play(next.fetch_add(1, Ordering::Relaxed), each, false, None);
                     ended.fetch_add(outcome.jobs.max(1), Ordering::Relaxed);
                     outcomes.lock().unwrap_or_else(PoisonError::into_inner).push(outcome);
                 }

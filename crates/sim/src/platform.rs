@@ -12,7 +12,7 @@ use replank_core::words::{CommitSha, ContainerName, Millis, OpKey, RevisionId};
 
 use crate::chance::Health;
 use crate::process;
-use crate::world::{State, World, container};
+use crate::world::{Mutant, State, World, container};
 
 #[derive(Debug, Clone)]
 pub(crate) struct Container {
@@ -65,6 +65,7 @@ pub(crate) fn carry_out(world: &Arc<World>, change: &Change, partly: bool) -> Re
     if state.platform.down_until.is_some_and(|until| now < until) {
         return Err(Fault::transient("the engine is down"));
     }
+    let heeds_generations = world.mutant != Some(Mutant::ProxyIgnoresGenerations);
     match change {
         Change::Start { deployment, containers } => start(world, &mut state, deployment, containers, partly),
         Change::Stop { deployment, containers } => {
@@ -80,7 +81,7 @@ pub(crate) fn carry_out(world: &Arc<World>, change: &Change, partly: bool) -> Re
             if platform.generation == *generation && platform.traffic.as_ref() == Some(&to.revision) {
                 return Ok(());
             }
-            if *generation <= platform.generation {
+            if *generation <= platform.generation && heeds_generations {
                 return Err(conflict("the proxy knows a newer generation"));
             }
             if !platform.revisions.get(&to.revision).is_some_and(Revision::runs) {
@@ -92,7 +93,7 @@ pub(crate) fn carry_out(world: &Arc<World>, change: &Change, partly: bool) -> Re
             Ok(())
         }
         Change::Settle { deployment, not, generation } => {
-            if *generation < state.platform.generation {
+            if *generation < state.platform.generation && heeds_generations {
                 return Err(conflict("the proxy knows a newer generation"));
             }
             let there = state.platform.revisions.get(&deployment.revision);
@@ -348,11 +349,12 @@ pub(crate) fn observe(world: &World, ask: &Ask) -> Result<Observation, Fault> {
     if state.platform.down_until.is_some_and(|until| now < until) {
         return Err(Fault::transient("the engine is down"));
     }
+    let told = |truth: Probed| if world.mutant == Some(Mutant::ProbesLie) { Probed::Passed } else { truth };
     let ids: Vec<RevisionId> = state.platform.revisions.keys().cloned().collect();
     let mut revisions = BTreeMap::new();
     for id in ids {
         let asked = ask.direct.iter().any(|d| d.revision == id);
-        let probed = if asked { answers(state, &id, now) } else { Probed::NotAsked };
+        let probed = if asked { told(answers(state, &id, now)) } else { Probed::NotAsked };
         let Some(revision) = state.platform.revisions.get(&id) else { continue };
         let containers = revision.containers.iter().map(|(name, there)| {
             let fresh = there.running && there.started > 1 && now.since(there.started_at) < 10_000;
@@ -379,7 +381,7 @@ pub(crate) fn observe(world: &World, ask: &Ask) -> Result<Observation, Fault> {
             let answer = answers(state, &id, now);
             state.through = if answer == Probed::Passed { state.through + 1 } else { 0 };
             // The version that answers is not the one that was asked for.
-            if id == want.revision { answer } else { Probed::Failed("another version answered".to_owned()) }
+            if id == want.revision { told(answer) } else { Probed::Failed("another version answered".to_owned()) }
         }
         (Some(_), None) => Probed::Failed("nothing is routed".to_owned()),
         (None, _) => Probed::NotAsked,

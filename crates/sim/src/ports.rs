@@ -22,7 +22,7 @@ use tokio::time::{sleep, sleep_until};
 
 use crate::chance::{Fate, Kind, fate};
 use crate::ledger::NotTaken;
-use crate::world::{LogState, State, Stored as InRegistry, World, component, container};
+use crate::world::{LogState, Mutant, State, Stored as InRegistry, World, component, container};
 use crate::{platform, process};
 
 /// One process's way to everything.
@@ -243,7 +243,7 @@ impl Ledger for Door {
         let (me, number) = (self.me.clone(), self.number);
         let taken = self.call(Kind::Frequent, "commit", move |world| {
             let line = lines.first().filter(|_| world.is_traced()).map(|line| line.bytes.clone());
-            let taken = world.state().commit(expected, record, lines, reads, proofs);
+            let taken = world.state().commit(world.mutant, expected, record, lines, reads, proofs);
             world.tell(|| {
                 let line = String::from_utf8_lossy(&line.unwrap_or_default()).into_owned();
                 format!("{me}#{number} commit {taken:?} {line}")
@@ -469,9 +469,10 @@ impl Registry for Door {
 
     async fn protect(&self, image: &ImageId, _: &InstallationId, _: &str) -> Result<(), Fault> {
         let digest = image.digest().clone();
+        let is_mutant = self.world.mutant == Some(Mutant::ProtectsNothing);
         let kept = self.asked("protect", move |world| match world.state().images.get_mut(&digest) {
             Some(stored) => {
-                stored.kept = true;
+                stored.kept = !is_mutant;
                 Ok(())
             }
             None => Err(Fault::permanent("there is no such image")),

@@ -14,7 +14,7 @@ use crate::chance::{Health, Rates};
 use crate::operators::{start, trouble};
 use crate::platform::{Container, Revision};
 use crate::ports::{Door, push};
-use crate::world::{World, component, container, installation};
+use crate::world::{Mutant, World, component, container, installation};
 use crate::{platform, process};
 
 /// What came of a universe.
@@ -40,11 +40,11 @@ const STUCK: u64 = 2_400_000;
 const ORDER: u64 = 300_000;
 
 /// Plays the universe of `seed` until `jobs` jobs have ended.
-pub fn play(seed: u64, jobs: u64, trace: bool) -> Outcome {
+pub fn play(seed: u64, jobs: u64, trace: bool, mutant: Option<Mutant>) -> Outcome {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
     let Ok(runtime) = runtime else { unreachable!("a runtime without I/O needs nothing from the system") };
     runtime.block_on(async {
-        let world = World::new(seed, trace);
+        let world = World::new(seed, trace, mutant);
         begin(&world);
         let mut outcome = Outcome { seed, ..Outcome::default() };
         for _ in 0..jobs {

@@ -77,9 +77,23 @@ pub(crate) struct State {
     pub trace: Option<Vec<String>>,
 }
 
+/// A seeded mistake of the universe's parts, which a verdict must notice: production counts on each of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mutant {
+    /// The ledger takes every commit.
+    NoCompareAndSwap,
+    /// The proxy does whatever it was told last.
+    ProxyIgnoresGenerations,
+    /// An image that was to be protected is not.
+    ProtectsNothing,
+    /// Whatever runs answers.
+    ProbesLie,
+}
+
 /// One universe.
 #[derive(Debug)]
 pub(crate) struct World {
+    pub mutant: Option<Mutant>,
     state: Mutex<State>,
     begun: Instant,
     is_traced: bool,
@@ -105,7 +119,7 @@ pub(crate) fn installation() -> InstallationId {
 }
 
 impl World {
-    pub(crate) fn new(seed: u64, trace: bool) -> Arc<Self> {
+    pub(crate) fn new(seed: u64, trace: bool, mutant: Option<Mutant>) -> Arc<Self> {
         let mut rng = fastrand::Rng::with_seed(seed);
         let mode = if rng.bool() { Mode::Single } else { Mode::BlueGreen };
         let on_rollout_failure = if rng.bool() { OnRolloutFailure::Hold } else { OnRolloutFailure::Rollback };
@@ -128,6 +142,7 @@ impl World {
             rng,
         };
         Arc::new(Self {
+            mutant,
             state: Mutex::new(state),
             begun: Instant::now(),
             is_traced: trace,
