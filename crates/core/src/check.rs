@@ -153,7 +153,7 @@ fn platform_at_rest(record: &Record, serving: &Deployment, seen: &Observation, m
     if alone != [serving.revision.clone()] {
         misfits.push(Misfit::Reboot { should: serving.revision.clone(), would: alone });
     }
-    if let Some(fallback) = &seen.traffic.fallback {
+    if let Some(fallback) = seen.traffic.fallback.as_ref().filter(|fallback| **fallback != serving.revision) {
         misfits.push(Misfit::Fallback(fallback.clone()));
     }
     let successor = ControllerId::Revision(serving.revision.clone());

@@ -111,6 +111,7 @@ pub(crate) fn carry_out(world: &Arc<World>, change: &Change, partly: bool) -> Re
                 }
             }
             if !partly {
+                move_traffic(&mut state, &deployment.revision, now);
                 state.platform.fallback = None;
                 state.platform.generation = *generation;
             }

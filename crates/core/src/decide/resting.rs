@@ -39,7 +39,8 @@ pub(super) fn decide(view: &View<'_>) -> Decision {
             let why = "traffic was seen elsewhere than recorded".to_owned();
             return Decision::Record(Event::RepairIntended { why });
         }
-        let change = Change::Shift { to: serving.clone(), generation: record.generation, fallback: None };
+        let fallback = record.running.clone().filter(|running| running.revision != serving.revision);
+        let change = Change::Shift { to: serving.clone(), generation: record.generation, fallback };
         let attempt = u32::try_from(record.generation).unwrap_or(u32::MAX);
         return as_decision(view.act("repair-traffic", attempt, change));
     }
