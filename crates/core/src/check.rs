@@ -224,12 +224,23 @@ enum At {
     #[default]
     Idle,
     /// Nothing was touched yet.
-    Before { job: String },
+    Before {
+        job: String,
+    },
     /// The platform is being changed; `confirming` from the recorded cut-over of blue/green on.
-    Swap { job: String, confirming: bool, ops: Ops },
+    Swap {
+        job: String,
+        confirming: bool,
+        ops: Ops,
+    },
     /// Back by itself inside the confirm window.
-    Flip { job: String, ops: Ops },
-    Back { ops: Ops },
+    Flip {
+        job: String,
+        ops: Ops,
+    },
+    Back {
+        ops: Ops,
+    },
     Ended(State),
 }
 

@@ -84,7 +84,11 @@ impl State {
             // A late effect of an earlier driver may take the traffic away between the look and the commit; what was never
             // seen through the way in is something else.
             if self.through < proofs && there {
-                self.violations.push(format!("{} without proof: {} answers", record.phase.state().name(), self.through));
+                self.violations.push(format!(
+                    "{} without proof: {} answers",
+                    record.phase.state().name(),
+                    self.through
+                ));
             }
         }
         if let Phase::RollingOut(swap) = &record.phase

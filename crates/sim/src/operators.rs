@@ -30,7 +30,10 @@ fn anybody(world: &World) -> Option<Arc<LocalEngine>> {
     state.processes.values().nth(chosen).map(|process| process.engine.clone())
 }
 
-async fn ask<T>(world: &World, request: impl AsyncFnOnce(Arc<LocalEngine>) -> Result<T, Refusal>) -> Option<Result<T, Refusal>> {
+async fn ask<T>(
+    world: &World,
+    request: impl AsyncFnOnce(Arc<LocalEngine>) -> Result<T, Refusal>,
+) -> Option<Result<T, Refusal>> {
     let engine = anybody(world)?;
     timeout(PATIENCE, request(engine)).await.ok()
 }

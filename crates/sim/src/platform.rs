@@ -177,7 +177,8 @@ fn start(
     for name in containers.iter().take(if partly { 1 } else { usize::MAX }) {
         let Some(plan) = deployment.plan.containers.get(name) else { continue };
         let Some(image) = deployment.images.get(&plan.component) else { continue };
-        let exists = state.platform.revisions.get(&deployment.revision).is_some_and(|r| r.containers.contains_key(name));
+        let exists =
+            state.platform.revisions.get(&deployment.revision).is_some_and(|r| r.containers.contains_key(name));
         if !exists && !state.images.contains_key(image.digest()) {
             return Err(Fault::permanent(format!("image {image} is gone")));
         }

@@ -14,9 +14,7 @@ use replank_core::image::{ImageId, Images};
 use replank_core::phase::{Built, Fetched, Recipe};
 use replank_core::ports::*;
 use replank_core::record::{ContainerPlan, ControllerId, Deployment, Overlap, Plan, Record, Target};
-use replank_core::words::{
-    CommitSha, ComponentName, Digest, InstallationId, JobId, Millis, RevisionId, Version,
-};
+use replank_core::words::{CommitSha, ComponentName, Digest, InstallationId, JobId, Millis, RevisionId, Version};
 use tokio::sync::oneshot;
 use tokio::time::{sleep, sleep_until};
 
@@ -274,8 +272,8 @@ impl Ledger for Door {
     }
 
     async fn presences(&self) -> Result<Vec<Presence>, LedgerError> {
-        let all = self
-            .call(Kind::Frequent, "presences", |world| world.state().ledger.presences.values().cloned().collect());
+        let all =
+            self.call(Kind::Frequent, "presences", |world| world.state().ledger.presences.values().cloned().collect());
         all.await.map_err(of_ledger)
     }
 

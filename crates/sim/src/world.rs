@@ -9,7 +9,9 @@ use replank_core::phase::Mode;
 use replank_core::policy::{Budgets, Policy};
 use replank_core::ports::{Clock, Ids, LogId, TagRef};
 use replank_core::record::{OnRolloutFailure, Overlap};
-use replank_core::words::{CommitSha, ComponentName, ContainerName, Digest, InstallationId, Millis, RevisionId, Version};
+use replank_core::words::{
+    CommitSha, ComponentName, ContainerName, Digest, InstallationId, Millis, RevisionId, Version,
+};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 

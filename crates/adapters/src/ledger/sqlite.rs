@@ -96,7 +96,8 @@ impl Ledger for SqliteLedger {
     async fn version(&self) -> Result<Option<Etag>, LedgerError> {
         let version = self
             .read(|tx, app| {
-                let found = tx.query_row("SELECT version FROM record WHERE app = ?1", [app], |row| row.get::<_, i64>(0));
+                let found =
+                    tx.query_row("SELECT version FROM record WHERE app = ?1", [app], |row| row.get::<_, i64>(0));
                 Ok(found.optional()?)
             })
             .await?;

@@ -60,7 +60,8 @@ fn local(config: &Config, world: &mut World, record: &Record, action: &Action) -
             world.protected = true;
             // What a new release's Replank reads is asked before it has a revision's name.
             let as_named = RevisionId::new(format!("v0-{minor}-0-new")).unwrap();
-            let told = Some(reads(config, &as_named)).filter(|_| config.mutant != Some(Mutant::TakesAnyReader));
+            let any = config.mutant == Some(Mutant::TakesAnyReader);
+            let told = Some(if any { FORMAT + 1 } else { reads(config, &as_named) });
             Outcome::Prepared(Box::new(Prepared { plan: plan(config), escape_hatch: vec![], reads_format: told }))
         }
         Action::CleanUp => Outcome::CleanedUp,
