@@ -1,6 +1,7 @@
 //! From `replank.toml` and the environment to [`Settings`]: raw, merged, validated. Only the validated type travels.
 
 mod check;
+mod data;
 pub mod env;
 pub mod manifest;
 mod places;
@@ -15,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use replank_adapters::platform::docker::config::{
-    ContainerConfig, DockerConfig, ListenerConfig, ProxyConfig, SecretSource,
+    ContainerConfig, DataConfig, DockerConfig, ListenerConfig, ProxyConfig, SecretSource,
 };
 use replank_core::phase::Mode;
 use replank_core::policy::Policy;
@@ -147,6 +148,7 @@ pub struct PlatformSettings {
     pub listeners: BTreeMap<String, ListenerConfig>,
     pub networks: BTreeSet<String>,
     pub proxy: ProxyConfig,
+    pub data: DataConfig,
 }
 
 /// Every problem of a configuration, in the order of the file.
@@ -243,6 +245,7 @@ impl Settings {
             listeners: self.platform.listeners.clone(),
             networks: self.platform.networks.clone(),
             proxy: self.platform.proxy.clone(),
+            data: self.platform.data.clone(),
         }
     }
 

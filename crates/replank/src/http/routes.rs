@@ -98,6 +98,15 @@ struct Reason {
     reason: Option<String>,
 }
 
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Rollback {
+    reason: Option<String>,
+    /// The data are those of the version that is restored, where a data step had closed the way back.
+    #[serde(default)]
+    data_restored: bool,
+}
+
 impl Reason {
     fn text(self) -> Result<String, ApiError> {
         let reason = self.reason.unwrap_or_default();
@@ -228,8 +237,9 @@ fn check_start(request: &StartRequest) -> Result<(), ApiError> {
 
 async fn rollback(State(app): State<App>, Admin(caller): Admin, body: Body) -> Accepted {
     let tried = async {
-        let reason = body.optional::<Reason>()?.text()?;
-        Ok(app.engine.rollback(&caller.actor, &reason).await?)
+        let asked = body.optional::<Rollback>()?;
+        let reason = Reason { reason: asked.reason }.text()?;
+        Ok(app.engine.rollback(&caller.actor, &reason, asked.data_restored).await?)
     };
     command(&app, &caller, "rollback", tried).await
 }
