@@ -171,6 +171,9 @@ fn inside_a_confirm_window_nothing_flips_back_to_data_that_are_gone() {
     let ill =
         scene(record.clone()).with(&old(), FULL, true).with(&new(), FULL, false).traffic(&new(), 9).sick().looks(30);
     assert!(!matches!(ill.decide(), Decision::Record(Event::FlipIntended { .. })), "{:?}", ill.decide());
+    // Found by the simulation: a reboot brings the old side back to the way in, and nobody waits for a flip that never comes.
+    let rebooted = scene(record.clone()).with(&old(), FULL, true).with(&new(), FULL, false).traffic(&old(), 9);
+    assert_eq!(rebooted.decide(), Decision::Record(Event::OpIntended { op: Op::CutOver }));
     let Phase::Confirming(c) = &mut record.phase else { unreachable!() };
     c.swap.to.plan.data = DataPlan::default();
     assert!(apply(&record, &flip, Millis(0)).is_ok());
