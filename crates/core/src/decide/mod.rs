@@ -535,7 +535,7 @@ fn decide_confirming(view: &View<'_>, confirming: &Confirming) -> Decision {
     let is_open = crate::data::closed(swap, view.record.job.as_ref()).is_none();
     let has_way_back = matches!(swap.way_back, WayBack::Snapshot(_)) && is_open;
     let degraded = view.streaks.degraded(&swap.to, view.policy.degraded_after);
-    if let Some(why) = degraded.filter(|_| has_way_back) {
+    if let Some(why) = degraded.clone().filter(|_| has_way_back) {
         return Decision::Record(Event::FlipIntended { why });
     }
     let Some(deadline) = confirming.deadline else {
@@ -554,6 +554,16 @@ fn decide_confirming(view: &View<'_>, confirming: &Confirming) -> Decision {
         };
     };
     let over = view.now >= deadline;
+    // There is nothing to flip back to, and a window that never ends would tell nobody.
+    if let Some(why) = degraded.filter(|_| over) {
+        let what = format!("the new revision stopped answering inside its confirm window: {why}");
+        let closed = crate::data::closed(swap, view.record.job.as_ref());
+        let advice = match closed {
+            Some(closed) => format!("{closed}: mend it with a newer release, or restore the data and roll back"),
+            None => "mend it with a newer release".to_owned(),
+        };
+        return Decision::Record(Event::Failed { fault: Told::permanent(what, advice) });
+    }
     let stage = if over && still_well(view, swap) { Stage::Settled } else { Stage::Serving };
     match advance(view, swap, stage, false) {
         Step::Reached if over && swap.is_observed(Op::Settle) => Decision::Record(Event::Completed),

@@ -171,6 +171,21 @@ fn inside_a_confirm_window_nothing_flips_back_to_data_that_are_gone() {
     let ill =
         scene(record.clone()).with(&old(), FULL, true).with(&new(), FULL, false).traffic(&new(), 9).sick().looks(30);
     assert!(!matches!(ill.decide(), Decision::Record(Event::FlipIntended { .. })), "{:?}", ill.decide());
+    // Found by the simulation: a window that could neither end well nor flip back never ended.
+    let over = |now| {
+        scene(record.clone())
+            .with(&old(), FULL, true)
+            .with(&new(), FULL, false)
+            .traffic(&new(), 9)
+            .sick()
+            .looks(30)
+            .at(now)
+    };
+    assert!(!matches!(over(9_000_000).decide(), Decision::Record(Event::Failed { .. })), "it may recover until then");
+    let Decision::Record(Event::Failed { fault }) = over(10_000_000).decide() else {
+        panic!("{:?}", over(10_000_000).decide())
+    };
+    assert!(fault.what.contains("stopped answering") && fault.advice.contains("restore the data"), "{fault:?}");
     // Found by the simulation: a reboot brings the old side back to the way in, and nobody waits for a flip that never comes.
     let rebooted = scene(record.clone()).with(&old(), FULL, true).with(&new(), FULL, false).traffic(&old(), 9);
     assert_eq!(rebooted.decide(), Decision::Record(Event::OpIntended { op: Op::CutOver }));
