@@ -326,7 +326,7 @@ fn a_release_may_set_its_own_things_only() {
         ("[components.api]\nargs = { HTTP_PROXY = \"x\" }", "this steers the builder itself"),
         ("[components.api]\nargs = { APP_VERSION = \"x\" }", "APP_VERSION is set by Replank"),
         ("[components.api]\nargs = { \"A B\" = \"x\" }", "is not a name"),
-        ("[migrate]\napi = [\"up\"]", "data steps are not supported"),
+        ("[migrate]\napi = []", "this is no command"),
         ("schema = \"maybe\"", "is not one of `compatible`, `one-way` or `unknown`"),
     ] {
         let told = Manifest::parse(text).expect_err(text).to_string();
