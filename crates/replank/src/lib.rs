@@ -7,6 +7,7 @@ pub mod config;
 pub mod engine;
 pub mod exec_server;
 pub mod http;
+pub mod init;
 pub mod lock;
 pub mod proxy;
 pub mod system;

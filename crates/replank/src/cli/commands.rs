@@ -24,7 +24,7 @@ use crate::config::{FILE, Settings};
 use crate::http::row::Row;
 use crate::wiring;
 
-type Done = Result<ExitCode, Failure>;
+pub(super) type Done = Result<ExitCode, Failure>;
 
 /// Where the state is kept when the environment alone configures the service, and names no `REPLANK_HOME`.
 const HOME: &str = "/var/lib/replank";
@@ -33,16 +33,17 @@ const TOKEN_FILE_MAX: u64 = 4_096;
 /// History lines that are verified at a time.
 const VERIFY_STEP: usize = 1_000;
 
-struct Run<'a> {
-    global: Global,
-    env: &'a Environment,
-    style: Style,
+pub(super) struct Run<'a> {
+    pub(super) global: Global,
+    pub(super) env: &'a Environment,
+    pub(super) style: Style,
 }
 
 pub async fn run(command: Command, global: Global, env: &Environment) -> Done {
     let colours = std::io::stdout().is_terminal() && env.get("NO_COLOR").is_none();
     let run = Run { global, env, style: Style { colours, zone: TimeZone::system() } };
     match command {
+        Command::Init(args) => run.init(args),
         Command::Serve(args) => run.serve(args).await,
         Command::Deploy(args) => run.deploy(args).await,
         Command::Status(args) => run.status(args).await,
@@ -67,15 +68,15 @@ pub async fn run(command: Command, global: Global, env: &Environment) -> Done {
 
 impl Run<'_> {
     /// The configuration that somebody named.
-    fn named_config(&self) -> Option<PathBuf> {
+    pub(super) fn named_config(&self) -> Option<PathBuf> {
         self.global.config.clone().or_else(|| self.env.get("REPLANK_CONFIG").map(PathBuf::from))
     }
 
-    fn home(&self) -> Option<PathBuf> {
+    pub(super) fn home(&self) -> Option<PathBuf> {
         self.env.get("REPLANK_HOME").map(PathBuf::from)
     }
 
-    fn config_path(&self) -> PathBuf {
+    pub(super) fn config_path(&self) -> PathBuf {
         self.named_config().or_else(|| self.home().map(|home| home.join(FILE))).unwrap_or_else(|| PathBuf::from(FILE))
     }
 
@@ -84,7 +85,7 @@ impl Run<'_> {
         self.named_config().is_none() && !self.config_path().exists() && Settings::is_in_environment(self.env)
     }
 
-    fn settings(&self) -> Result<Settings, Failure> {
+    pub(super) fn settings(&self) -> Result<Settings, Failure> {
         let settings = if self.is_of_environment() {
             Settings::of_environment(&self.home().unwrap_or_else(|| PathBuf::from(HOME)), self.env)
         } else {
@@ -128,7 +129,11 @@ impl Run<'_> {
         }
     }
 
-    fn print(&self, value: &Value, human: impl FnOnce(&mut dyn std::io::Write, &Style) -> std::io::Result<()>) -> Done {
+    pub(super) fn print(
+        &self,
+        value: &Value,
+        human: impl FnOnce(&mut dyn std::io::Write, &Style) -> std::io::Result<()>,
+    ) -> Done {
         let mut out = std::io::stdout().lock();
         if self.global.json {
             writeln!(out, "{value}")?

@@ -3,7 +3,8 @@
 mod client;
 mod commands;
 pub(crate) mod failure;
-mod plain;
+mod init;
+pub(crate) mod plain;
 mod show;
 pub mod tokens;
 mod watch;
@@ -39,6 +40,8 @@ Environment:
 
 const EXAMPLES: &str = "\
 A first time, on the machine that runs the application:
+  replank init . --output /srv/shop      write replank.toml from the repository's compose file
+  cd /srv/shop
   replank deploy                         start the application from replank.toml
   replank token create me --role admin   make a token, into tokens/me
   replank status
@@ -86,6 +89,9 @@ pub enum LogFormat {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Write replank.toml for a repository, from its compose file and Dockerfiles.
+    #[command(after_help = init::HELP)]
+    Init(init::Init),
     /// Run the service: the engine, and the API that this command line speaks to.
     Serve(Serve),
     /// Deploy an application for the first time, from its configuration.
