@@ -90,7 +90,14 @@ impl Run<'_> {
         shown["files"] = json!(written);
         match target {
             Some(target) => self.print(&shown, |out, _| told(out, &outcome, &target, &written)),
-            None => self.print(&shown, |out, _| write!(out, "{}", outcome.toml)),
+            None => {
+                if !self.global.json {
+                    for path in outcome.other_files() {
+                        writeln!(std::io::stderr(), "not written: {path}")?;
+                    }
+                }
+                self.print(&shown, |out, _| write!(out, "{}", outcome.toml))
+            }
         }
     }
 
@@ -139,7 +146,7 @@ fn told(out: &mut dyn std::io::Write, outcome: &Outcome, target: &Path, written:
         writeln!(out, "{} {}", if file.written { "wrote" } else { "kept " }, file.path.display())?;
     }
     writeln!(out, "\nNext:")?;
-    let (dockerfile, _) = outcome.controller_dockerfile();
+    let dockerfile = outcome.controller_dockerfile();
     let mut steps = vec![
         format!("read {}: comments say what was left out", target.display()),
         format!("commit {dockerfile}, with an image of Replank in its FROM, and tag a release such as v1.0.0"),

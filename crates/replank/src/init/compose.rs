@@ -158,11 +158,16 @@ fn assemble(reading: &Reading<'_>, services: &[(String, Node)], networks: &Netwo
             ports: Vec::new(),
             hint: None,
         };
-        let (Some(plan), Some(component), None) = (&raw.build, names.get(raw.name), raw.kind) else {
+        if raw.kind.is_some() {
+            composed.services.push(service);
+            continue;
+        }
+        // Before anything else: a name that cannot be one has no component either.
+        let Some(container) = container_name(reading, raw) else { continue };
+        let (Some(plan), Some(component)) = (&raw.build, names.get(raw.name)) else {
             composed.services.push(service);
             continue;
         };
-        let Some(container) = container_name(reading, raw) else { continue };
         if let Some(other) = containers.insert(container.clone(), raw.name) {
             let what = format!("services {other} and {} would both be container {container}", raw.name);
             reading.refuse(raw.node.line, format!("services.{}", raw.name), what, "rename one of them");
@@ -272,8 +277,9 @@ fn components<'n>(
 
 fn container_name(reading: &Reading<'_>, raw: &Raw<'_>) -> Option<ContainerName> {
     let made = label(raw.name);
+    let is_compose_s = raw.name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
     match ContainerName::new(made.clone()) {
-        Ok(name) => {
+        Ok(name) if is_compose_s => {
             if made != raw.name {
                 let note =
                     format!("{} is called {made} here: whoever calls it by the old name has to use this one", raw.name);
@@ -281,7 +287,7 @@ fn container_name(reading: &Reading<'_>, raw: &Raw<'_>) -> Option<ContainerName>
             }
             Some(name)
         }
-        Err(_) => {
+        Ok(_) | Err(_) => {
             let what = format!("{:?} cannot be a container's name", raw.name);
             let advice = "rename the service: 1 to 32 of a-z, 0-9 and '-', beginning with a letter";
             reading.refuse(raw.node.line, format!("services.{}", raw.name), what, advice);

@@ -269,7 +269,13 @@ impl Outcome {
         self.plan.remote.is_some()
     }
 
-    pub fn controller_dockerfile(&self) -> (String, &str) {
-        (self.plan.controller.dockerfile(), &self.dockerfile)
+    /// In the repository.
+    pub fn controller_dockerfile(&self) -> String {
+        self.plan.controller.dockerfile()
+    }
+
+    /// What is written beside the configuration: secrets in its directory, and the controller's Dockerfile in the repository.
+    pub fn other_files(&self) -> impl Iterator<Item = String> {
+        self.plan.secret_files.keys().cloned().chain([self.controller_dockerfile()])
     }
 }

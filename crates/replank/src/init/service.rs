@@ -162,6 +162,8 @@ pub fn read(reading: &Reading<'_>, name: &str, node: &Node, component: &Componen
                 }
             }
             "platform" => draft.platform = reading.text(value, &at),
+            // As Replank keeps what serves.
+            "restart" if matches!(&value.value, Value::Text(t) if t == "always" || t == "unless-stopped") => {}
             "scale" => single(reading, value, &at),
             "labels" if routes(value) => reading.refuse(
                 value.line,

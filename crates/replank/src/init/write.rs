@@ -75,7 +75,7 @@ pub fn toml(plan: &Plan, reading: &Reading<'_>) -> String {
             out.line(&format!("{} = {{ file = {} }}", key(name), quoted(file)));
         }
     }
-    for (name, build) in &plan.components {
+    for (index, (name, build)) in plan.components.iter().enumerate() {
         out.table(&format!("components.{name}"));
         out.line(&format!("dockerfile = {}", quoted(&build.dockerfile)));
         out.line(&format!("context = {}", quoted(&build.context)));
@@ -87,7 +87,10 @@ pub fn toml(plan: &Plan, reading: &Reading<'_>) -> String {
         if !build.secrets.is_empty() {
             out.line(&format!("secrets = {}", list(build.secrets.iter())));
         }
-        map(&mut out, &format!("components.{name}.args"), build.args.iter().map(|(k, v)| (k, quoted(v))));
+        if index == 0 {
+            out.comment("What prepares or saves data belongs to the component whose image does it: see `migrate` and `backup` in docs/configuration.md. None was made up here.");
+        }
+        map(&mut out, &format!("components.{name}.args"), "", build.args.iter().map(|(k, v)| (k, quoted(v))));
     }
     out.blank();
     out.comment("Replank itself: built and upgraded with the application.");
@@ -221,12 +224,17 @@ fn container(
             ));
             out.comment("Add the proof that the right version answers: version = { header = \"X-App-Version\" }");
         }
-        None => {
-            let port = service.hint.unwrap_or(8080);
-            out.comment(&format!(
-                "No probe: to run is enough. Better: probe = {{ port = {port}, path = \"/healthz\" }}"
-            ));
-        }
+        None => match service.kind {
+            Kind::Web | Kind::Internal => {
+                let port = service.hint.unwrap_or(8080);
+                out.comment(&format!(
+                    "No probe: to run is enough. Better: probe = {{ port = {port}, path = \"/healthz\" }}"
+                ));
+            }
+            Kind::Worker | Kind::Cron | Kind::Job | Kind::ThirdParty => {
+                out.comment("No probe: to run is enough as proof that it works.");
+            }
+        },
     }
     overlap(out, service, run);
     if !run.mounts.is_empty() {
@@ -260,15 +268,13 @@ fn container(
     if !run.depends_on.is_empty() {
         out.line(&format!("depends_on = {}", list(run.depends_on.iter().map(ContainerName::as_str))));
     }
-    map(out, &format!("containers.{name}.env"), run.env.iter().map(|(k, v)| (k, quoted(v))));
-    if !run.secrets.is_empty() {
-        out.comment("Values are in files of their own, which only the controller reads.");
-    }
+    map(out, &format!("containers.{name}.env"), "", run.env.iter().map(|(k, v)| (k, quoted(v))));
     let source = |from: &SecretSource| match from {
         SecretSource::File(path) => format!("{{ file = {} }}", quoted(&path.to_string_lossy())),
         SecretSource::Env(variable) => format!("{{ env = {} }}", quoted(variable)),
     };
-    map(out, &format!("containers.{name}.secrets"), run.secrets.iter().map(|(k, v)| (k, source(v))));
+    let comment = "The values are in files of their own, which only the controller reads.";
+    map(out, &format!("containers.{name}.secrets"), comment, run.secrets.iter().map(|(k, v)| (k, source(v))));
 }
 
 /// What the configuration's own rule makes of it, said, so that nobody is surprised by two workers or by a gap.
@@ -378,13 +384,19 @@ impl Text {
     }
 }
 
-fn map<'a>(out: &mut Text, table: &str, entries: impl Iterator<Item = (&'a String, String)>) {
+/// A table of names and values with a comment above it, where there are any.
+fn map<'a>(out: &mut Text, table: &str, comment: &str, entries: impl Iterator<Item = (&'a String, String)>) {
     let entries: Vec<_> = entries.collect();
-    if !entries.is_empty() {
-        out.table(table);
-        for (name, value) in entries {
-            out.line(&format!("{} = {value}", key(name)));
-        }
+    if entries.is_empty() {
+        return;
+    }
+    out.blank();
+    if !comment.is_empty() {
+        out.comment(comment);
+    }
+    out.line(&format!("[{table}]"));
+    for (name, value) in entries {
+        out.line(&format!("{} = {value}", key(name)));
     }
 }
 
