@@ -1,5 +1,7 @@
 //! The one SQLite file: where it may lie, how it is opened, and the one thread that owns the connection.
 
+mod whole;
+
 use std::fs;
 use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};

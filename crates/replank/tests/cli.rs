@@ -73,6 +73,7 @@ async fn help_teaches_every_command() {
         "logs",
         "history",
         "escape-hatch",
+        "doctor",
         "token",
         "proxy",
         "completions",

@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::tz::TimeZone;
-use replank_core::history::Verifier;
 use replank_core::ports::{Clock as _, Role};
 use replank_core::words::{Millis, Version};
 use serde_json::{Value, json};
@@ -22,7 +21,7 @@ use super::{Because, Command, Global, Logs, RoleArg, Start, TokenCommand, Wait, 
 use crate::config::env::Environment;
 use crate::config::{FILE, Settings};
 use crate::http::row::Row;
-use crate::wiring;
+use crate::{verify, wiring};
 
 pub(super) type Done = Result<ExitCode, Failure>;
 
@@ -30,8 +29,6 @@ pub(super) type Done = Result<ExitCode, Failure>;
 const HOME: &str = "/var/lib/replank";
 /// Longest token file: a token has 68 bytes.
 const TOKEN_FILE_MAX: u64 = 4_096;
-/// History lines that are verified at a time.
-const VERIFY_STEP: usize = 1_000;
 
 pub(super) struct Run<'a> {
     pub(super) global: Global,
@@ -44,6 +41,7 @@ pub async fn run(command: Command, global: Global, env: &Environment) -> Done {
     let run = Run { global, env, style: Style { colours, zone: TimeZone::system() } };
     match command {
         Command::Init(args) => run.init(args),
+        Command::Doctor(args) => run.doctor(args).await,
         Command::Serve(args) => run.serve(args).await,
         Command::Deploy(args) => run.deploy(args).await,
         Command::Status(args) => run.status(args).await,
@@ -355,33 +353,14 @@ impl Run<'_> {
 
     async fn verify(&self) -> Done {
         let ledger = wiring::ledger(&self.settings()?).await?;
-        let failed = |e: replank_core::ports::LedgerError| Failure::from(anyhow::Error::new(e));
-        let broken = |e: replank_core::history::Broken| {
-            Failure::new(
-                Code::Failed,
-                format!(
-                    "the history is NOT consistent with its anchor: {e}; keep a copy of the ledger directory and look into it"
-                ),
-            )
-        };
-        let Some((record, _)) = ledger.load().await.map_err(failed)? else {
+        let verified = verify::history(ledger.as_ref()).await.map_err(|e| match e {
+            verify::NotVerified::Ledger(error) => Failure::from(anyhow::Error::new(error)),
+            broken @ verify::NotVerified::Broken(_) => Failure::new(Code::Failed, broken.to_string()),
+        })?;
+        let Some(lines) = verified else {
             return self
                 .print(&json!({ "consistent": true, "lines": 0 }), |out, _| writeln!(out, "there is no history yet"));
         };
-        let (mut verifier, mut next) = (Verifier::default(), 0_u64);
-        // The anchor's count bounds the walk: lines that were added since belong to a later anchor.
-        while next < record.history.count {
-            let step = usize::try_from(record.history.count - next).unwrap_or(VERIFY_STEP).min(VERIFY_STEP);
-            let lines = ledger.history(next, step).await.map_err(failed)?;
-            if lines.is_empty() {
-                break;
-            }
-            for line in &lines {
-                verifier.line(line).map_err(broken)?;
-                next += 1;
-            }
-        }
-        let lines = verifier.finish(&record.history).map_err(broken)?;
         self.print(&json!({ "consistent": true, "lines": lines }), |out, style| {
             let count = show::count(usize::try_from(lines).unwrap_or(usize::MAX), "event");
             writeln!(out, "{}: {count}", style.good("consistent with anchor"))

@@ -2,12 +2,15 @@
 
 mod client;
 mod commands;
+mod doctor;
 pub(crate) mod failure;
 mod init;
 pub(crate) mod plain;
 mod show;
 pub mod tokens;
 mod watch;
+
+pub(crate) use show::count;
 
 use std::ffi::OsString;
 use std::io::{IsTerminal as _, Write as _};
@@ -122,6 +125,9 @@ pub enum Command {
     History(History),
     /// Print the commands that restore the old version with Replank gone.
     EscapeHatch,
+    /// Look at everything that an upgrade needs, from here: remote, registry, engine, ledger, disk, clock.
+    #[command(after_help = doctor::HELP)]
+    Doctor(doctor::Doctor),
     /// Make, list and revoke tokens; needs the ledger, not the service.
     #[command(subcommand)]
     Token(TokenCommand),

@@ -201,7 +201,7 @@ fn bind(reading: &Reading<'_>, service: &str, source: &str, line: u64, key: &str
         reading.refuse(line, key, "the engine's socket is mounted", advice);
         return None;
     }
-    if plain.is_empty() || ["/proc", "/sys", "/dev", "/var/lib/docker"].iter().any(|p| plain == *p) {
+    if plain.is_empty() || ["/proc", "/sys", "/dev", "/var/lib/docker"].contains(&plain) {
         reading.refuse(
             line,
             key,
