@@ -1,5 +1,6 @@
 //! The one SQLite file: where it may lie, how it is opened, and the one thread that owns the connection.
 
+mod backup;
 mod whole;
 
 use std::fs;
@@ -119,10 +120,17 @@ impl Store {
     /// file is left as it is.
     pub async fn open(directory: impl Into<PathBuf>) -> Result<Self, LedgerError> {
         let directory = directory.into();
+        Self::on_thread(move || open(&directory)).await
+    }
+
+    /// A connection that `open` makes, on a thread of its own.
+    async fn on_thread(
+        open: impl FnOnce() -> Result<Connection, Failed> + Send + 'static,
+    ) -> Result<Self, LedgerError> {
         let (requests, mut inbox) = mpsc::channel::<Work>(QUEUE);
         let (ready, opened) = oneshot::channel();
         let spawned = std::thread::Builder::new().name("replank-sqlite".to_owned()).spawn(move || {
-            let mut connection = match open(&directory) {
+            let mut connection = match open() {
                 Ok(connection) => connection,
                 // Nobody waits any more: then nobody needs the error either.
                 Err(failed) => return drop(ready.send(Err(failed))),

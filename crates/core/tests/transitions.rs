@@ -80,6 +80,7 @@ fn events(record: &Record) -> Vec<Event> {
             change: TokenChange::Revoked,
             reason: String::new(),
         },
+        Event::LedgerRestored { actor: actor(), reason: String::new(), file: String::new(), replaced: None },
         Event::RefsSeen { latest: Latest::default() },
         Event::HandedOver { to: ControllerId::Host },
         Event::TookOver { by: ControllerId::Host },
@@ -113,6 +114,7 @@ fn events(record: &Record) -> Vec<Event> {
             | Event::Kept { .. }
             | Event::TrackCommits { .. }
             | Event::TokenChanged { .. }
+            | Event::LedgerRestored { .. }
             | Event::RefsSeen { .. }
             | Event::HandedOver { .. }
             | Event::TookOver { .. }

@@ -9,6 +9,7 @@ pub mod engine;
 pub mod exec_server;
 pub mod http;
 pub mod init;
+pub mod ledger_file;
 pub mod lock;
 pub mod proxy;
 pub mod system;

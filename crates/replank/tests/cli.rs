@@ -75,6 +75,7 @@ async fn help_teaches_every_command() {
         "escape-hatch",
         "doctor",
         "token",
+        "ledger",
         "proxy",
         "completions",
     ] {

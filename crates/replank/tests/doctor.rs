@@ -170,7 +170,9 @@ fn a_ledger_that_was_changed_is_not_consistent() {
     home.doctor(&[]).1.has("ledger", "ok", "1 event consistent with anchor");
     let file = home.0.path().join("ledger/replank.db");
     let database = rusqlite::Connection::open(&file).unwrap();
-    database.execute("UPDATE history SET bytes = CAST(replace(CAST(bytes AS TEXT), 'shop', 'ship') || ' ' AS BLOB)", []).unwrap();
+    database
+        .execute("UPDATE history SET bytes = CAST(replace(CAST(bytes AS TEXT), 'shop', 'ship') || ' ' AS BLOB)", [])
+        .unwrap();
     drop(database);
     let (code, checks) = home.doctor(&[]);
     assert_eq!(code, 1);

@@ -42,6 +42,7 @@ pub async fn run(command: Command, global: Global, env: &Environment) -> Done {
     match command {
         Command::Init(args) => run.init(args),
         Command::Doctor(args) => run.doctor(args).await,
+        Command::Ledger(command) => run.ledger(command).await,
         Command::Serve(args) => run.serve(args).await,
         Command::Deploy(args) => run.deploy(args).await,
         Command::Status(args) => run.status(args).await,

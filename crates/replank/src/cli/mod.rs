@@ -5,6 +5,7 @@ mod commands;
 mod doctor;
 pub(crate) mod failure;
 mod init;
+mod ledger;
 pub(crate) mod plain;
 mod show;
 pub mod tokens;
@@ -131,6 +132,9 @@ pub enum Command {
     /// Make, list and revoke tokens; needs the ledger, not the service.
     #[command(subcommand)]
     Token(TokenCommand),
+    /// Copy the ledger while it is in use, or put a copy back; needs no service.
+    #[command(subcommand)]
+    Ledger(ledger::LedgerCommand),
     /// Own the application's public ports and send their traffic where the controller says.
     Proxy(crate::proxy::ProxyArgs),
     /// Run git, az and a few other programs for whoever holds a token, with policed arguments: for builds in another container.
