@@ -12,13 +12,16 @@ use super::plain;
 use crate::doctor::{Checked, Patient, Verdict, examine};
 
 pub const HELP: &str = "\
-Each check ends ok, with a warning, or failed, and says what to do. Nothing is changed: an upload that is
-begun to see whether the registry takes it is given up, and no ledger is made.
+Each check ends ok, with a warning, or failed, and says what to do. Nothing is changed: an
+upload that is begun to see whether the registry takes it is given up, and no ledger is made.
 
-Run it where the work is done: what the host can reach and read, the controller may not, and the other way
-round. In a deployed controller: docker exec CONTROLLER replank doctor
+Run it where the work is done: what the host can reach and read, the controller may not, and
+the other way round. In a deployed controller: docker exec CONTROLLER replank doctor
 
-Exit codes: 0 nothing failed (there may be warnings), 1 a check failed, 2 the configuration is wrong.
+Exit codes:
+  0    nothing failed; there may be warnings
+  1    a check failed
+  2    the configuration is wrong
 
 Examples:
   replank doctor --config /srv/shop/replank.toml

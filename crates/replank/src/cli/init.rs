@@ -14,16 +14,17 @@ use crate::init::{self, Outcome, Wishes, Written};
 
 pub const HELP: &str = "\
 Each service of the compose file is one of these:
-  built here (`build`)     becomes a component and a container: web, internal, worker or cron
-  a ready image            is left alone: databases and the like stay with compose, on a network that
-                           the application joins
-  a one-off job            is not run: what another service waits for to complete, or has a profile
+  built here (`build`)   becomes a component and a container: web, internal, worker or cron
+  a ready image          is left alone: databases and the like stay with compose, on a
+                         network that the application joins
+  a one-off job          is not run: another service waits for it to complete, or it has a
+                         profile
 
-Every key is mapped, left out with a comment in the result, or refused by name at its line; when
-something is refused nothing is written, and the exit code is 2. ${VARIABLES} are taken from .env and
-from their defaults. Values that look like secrets go into files of their own, secrets/NAME beside
-replank.toml. A Dockerfile for Replank's own image is put into controller/ of the repository, for you
-to commit. Nothing of the repository is run.
+Every key is mapped, left out with a comment in the result, or refused by name at its line.
+When something is refused nothing is written, and the exit code is 2. Variables are taken
+from .env and from their defaults. Values that look like secrets go into files of their
+own, secrets/NAME beside replank.toml. A Dockerfile for Replank's own image is put into
+controller/ of the repository, for you to commit. Nothing of the repository is run.
 
 Examples:
   replank init --stdout                     look first: print the configuration, write nothing
@@ -156,7 +157,10 @@ fn told(out: &mut dyn std::io::Write, outcome: &Outcome, target: &Path, written:
     }
     let left = outcome.left_alone();
     if !left.is_empty() {
-        steps.push(format!("keep with compose what is not built here: docker compose up -d {}", left.join(" ")));
+        steps.push(format!(
+            "keep with compose what is not built here: docker compose up -d --no-deps {}",
+            left.join(" ")
+        ));
     }
     steps.push(format!("replank deploy --config {}", target.display()));
     for (index, step) in steps.iter().enumerate() {

@@ -53,6 +53,10 @@ pub async fn secrets(patient: Patient<'_>) -> Finding {
 pub async fn ledger(patient: Patient<'_>) -> Finding {
     let directory = patient.settings.ledger_dir();
     if !directory.join(replank_adapters::sqlite::FILE).exists() {
+        let place = if directory.exists() { &directory } else { &patient.settings.home };
+        if let Err(fault) = replank_adapters::sqlite::check_place(place) {
+            return fault.into();
+        }
         // To open it would make it, and nothing is changed here.
         return Finding::warning(
             format!("there is no ledger in {} yet", directory.display()),

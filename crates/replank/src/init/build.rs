@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use super::environment::is_secret;
 use super::mounts::Stores;
 use super::plan::BuildPlan;
 use super::reading::{Reading, is_extension};
@@ -121,6 +122,12 @@ fn args(reading: &Reading<'_>, service: &str, node: &Node, key: &str) -> BTreeMa
             continue;
         }
         match value.or_else(|| reading.vars.get(&name).cloned()) {
+            Some(value) if is_secret(&name, &value) => reading.refuse(
+                line,
+                format!("{key}.{name}"),
+                "this build argument looks like a secret, and everybody who has the image could read it",
+                "give it as a build secret: `secrets` under `build`, with a file under `secrets` at the top",
+            ),
             Some(value) => {
                 args.insert(name, value);
             }

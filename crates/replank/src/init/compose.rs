@@ -159,6 +159,13 @@ fn assemble(reading: &Reading<'_>, services: &[(String, Node)], networks: &Netwo
             hint: None,
         };
         if raw.kind.is_some() {
+            if service.kind == Kind::ThirdParty && raw.node.get("network_mode").is_some() {
+                let note = format!(
+                    "{} is on no network that the application could join: it is reached through the host",
+                    raw.name
+                );
+                reading.note("", note);
+            }
             composed.services.push(service);
             continue;
         }

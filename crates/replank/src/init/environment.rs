@@ -39,7 +39,7 @@ pub fn read(reading: &Reading<'_>, node: &Node, key: &str, into: &mut Variables)
     }
 }
 
-pub fn files(reading: &Reading<'_>, node: &Node, key: &str, into: &mut Variables) {
+pub fn files(reading: &Reading<'_>, service: &str, node: &Node, key: &str, into: &mut Variables) {
     let mut one = |path: String, required: bool, line: u64| {
         let inside = match reading.repo.inside(&reading.base, &path) {
             Ok(inside) => inside,
@@ -58,7 +58,12 @@ pub fn files(reading: &Reading<'_>, node: &Node, key: &str, into: &mut Variables
             Err(why) => return reading.refuse(line, key, format!("{path:?} {why}"), "give a file of variables"),
         };
         match vars::parse_env(&text) {
-            Ok(found) => into.extend(found),
+            Ok(found) => {
+                for (at, what) in found.without {
+                    reading.note(service, format!("{path}, line {at}: {what}, so it is left out"));
+                }
+                into.extend(found.vars);
+            }
             Err((at, what)) => reading.refuse(line, key, format!("{path:?}, line {at}: {what}"), "mend the file"),
         }
     };
@@ -115,7 +120,7 @@ pub fn place(variables: Variables, service: &str, run: &mut ContainerConfig, fil
     }
 }
 
-fn is_secret(name: &str, value: &str) -> bool {
+pub fn is_secret(name: &str, value: &str) -> bool {
     let upper = name.to_ascii_uppercase();
     let points_at_one = upper.ends_with("_FILE") || upper.ends_with("_PATH") || upper.ends_with("_DIR");
     let has_word = SECRET_WORDS.iter().any(|word| upper.contains(word)) || upper.ends_with("_KEY") || upper == "KEY";

@@ -159,7 +159,12 @@ fn read_env(reading: &mut Reading<'_>) {
     let path = if reading.base == "." { ".env".to_owned() } else { format!("{}/.env", reading.base) };
     match reading.repo.read(&path) {
         Ok(Some(text)) => match vars::parse_env(&text) {
-            Ok(vars) => reading.vars = vars,
+            Ok(file) => {
+                for (line, what) in file.without {
+                    reading.note("", format!("{path}, line {line}: {what}"));
+                }
+                reading.vars = file.vars;
+            }
             Err((line, what)) => reading.refuse(0, path, format!("line {line}: {what}"), "mend the file"),
         },
         Ok(None) => {}

@@ -130,7 +130,7 @@ pub fn read(reading: &Reading<'_>, name: &str, node: &Node, component: &Componen
             "command" => draft.run.command = words(reading, value, &at),
             "entrypoint" => draft.run.entrypoint = words(reading, value, &at),
             "environment" => environment::read(reading, value, &at, &mut in_file),
-            "env_file" => environment::files(reading, value, &at, &mut draft.variables),
+            "env_file" => environment::files(reading, name, value, &at, &mut draft.variables),
             "ports" => draft.ports = ports::read(reading, value, &at),
             "volumes" => mounts::read(reading, name, value, &at, stores, &mut mounts),
             "tmpfs" => mounts::tmpfs(reading, value, &at, &mut mounts),

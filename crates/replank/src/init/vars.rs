@@ -10,31 +10,53 @@ const TEXT_MAX: usize = 128 * 1024;
 /// What a file of variables says, by name. Names are not checked here.
 pub type Vars = BTreeMap<String, String>;
 
+/// A file of variables as it was read.
+#[derive(Debug, Default)]
+pub struct EnvFile {
+    pub vars: Vars,
+    /// Lines that give no value, counted from 1, and why: of no harm where nothing needs them.
+    pub without: Vec<(u64, String)>,
+}
+
 /// Reads a `.env` file. The error names the line, counted from 1, and what is wrong with it.
-pub fn parse_env(text: &str) -> Result<Vars, (u64, String)> {
-    let mut vars = Vars::new();
+pub fn parse_env(text: &str) -> Result<EnvFile, (u64, String)> {
+    let mut file = EnvFile::default();
     for (index, line) in text.lines().enumerate() {
-        let at = |what: &str| (index as u64 + 1, what.to_owned());
+        let number = index as u64 + 1;
         let line = line.trim_start_matches('\u{feff}').trim();
         if line.is_empty() || line.starts_with('#') {
             continue;
         }
         let line = line.strip_prefix("export ").unwrap_or(line).trim_start();
-        // A bare name means "as in compose's own environment", which nobody here knows.
-        let Some((name, raw)) = line.split_once('=') else {
-            return Err(at("this is not NAME=VALUE; give the variable a value"));
-        };
-        let (name, raw) = (name.trim(), raw.trim_start());
+        let (name, raw) = line.split_once('=').map_or((line, None), |(name, raw)| (name, Some(raw.trim_start())));
+        let name = name.trim();
         if !is_name(name) {
-            return Err(at("this is not the name of a variable"));
+            return Err((number, "this is not NAME=VALUE".to_owned()));
         }
-        let value = value(raw, &vars).map_err(|what| at(&what))?;
-        vars.insert(name.to_owned(), value);
+        let Some(raw) = raw else {
+            // A bare name means "as in compose's own environment", which nobody here knows.
+            file.without.push((number, format!("{name} has no value")));
+            continue;
+        };
+        match value(raw, &file.vars) {
+            Ok(value) => {
+                file.vars.insert(name.to_owned(), value);
+            }
+            Err(Unread::Missing(missing)) => file.without.push((number, format!("{name} has no value: {missing}"))),
+            Err(Unread::Quote) => {
+                return Err((number, "the quote does not end on this line; write the value on one line".to_owned()));
+            }
+        }
     }
-    Ok(vars)
+    Ok(file)
 }
 
-fn value(raw: &str, vars: &Vars) -> Result<String, String> {
+enum Unread {
+    Missing(Missing),
+    Quote,
+}
+
+fn value(raw: &str, vars: &Vars) -> Result<String, Unread> {
     let quoted = |quote: char| {
         let rest = raw.strip_prefix(quote)?;
         let mut escaped = false;
@@ -43,18 +65,37 @@ fn value(raw: &str, vars: &Vars) -> Result<String, String> {
             escaped = *c == '\\' && !escaped && quote == '"';
             is_end
         });
-        Some(end.map(|(at, _)| &rest[..at]).ok_or("the quote does not end on this line; write the value on one line"))
+        Some(end.map(|(at, _)| &rest[..at]).ok_or(Unread::Quote))
     };
     if let Some(inner) = quoted('\'') {
         return Ok(inner?.to_owned());
     }
-    if let Some(inner) = quoted('"') {
-        let inner = inner?.replace("\\n", "\n").replace("\\r", "\r").replace("\\t", "\t");
-        return interpolate(&inner.replace("\\\"", "\"").replace("\\\\", "\\"), vars)
-            .map_err(|missing| missing.to_string());
+    let text = match quoted('"') {
+        Some(inner) => unescaped(inner?),
+        None => raw.find(" #").map_or(raw, |at| &raw[..at]).trim_end().to_owned(),
+    };
+    interpolate(&text, vars).map_err(Unread::Missing)
+}
+
+/// Inside of double quotes.
+fn unescaped(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut rest = text.chars();
+    while let Some(c) = rest.next() {
+        match (c, rest.as_str().chars().next()) {
+            ('\\', Some(next @ ('n' | 'r' | 't' | '"' | '\\'))) => {
+                out.push(match next {
+                    'n' => '\n',
+                    'r' => '\r',
+                    't' => '\t',
+                    other => other,
+                });
+                rest.next();
+            }
+            _ => out.push(c),
+        }
     }
-    let plain = raw.find(" #").map_or(raw, |at| &raw[..at]).trim_end();
-    interpolate(plain, vars).map_err(|missing| missing.to_string())
+    out
 }
 
 fn is_name(name: &str) -> bool {
@@ -152,7 +193,10 @@ mod tests {
 
     #[test]
     fn variables_are_replaced_as_compose_does_or_named() {
-        let vars = parse_env("# c\nA=1\nexport B='x y'\nE=\nC=\"q\\\"$A\" \nD=plain # comment\n").expect("a file");
+        let vars = parse_env("# c\nA=1\nexport B='x y'\nE=\nC=\"q\\\"$A\" \nD=plain # comment\nF\nG=${NONE}\n")
+            .expect("a file");
+        assert_eq!(vars.without.iter().map(|w| w.0).collect::<Vec<_>>(), [7, 8]);
+        let vars = vars.vars;
         assert_eq!(vars.get("C").map(String::as_str), Some("q\"1"));
         assert_eq!(vars.get("D").map(String::as_str), Some("plain"));
         for (text, expect) in [
@@ -173,7 +217,7 @@ mod tests {
         }
         let deep = format!("{}x{}", "${Q:-".repeat(50), "}".repeat(50));
         assert_eq!(interpolate(&deep, &vars), Err(Missing::TooMuch));
-        assert_eq!(parse_env("A=1\nB\n").map_err(|e| e.0), Err(2));
-        assert_eq!(parse_env("A='x\n").map_err(|e| e.0), Err(1));
+        assert_eq!(parse_env("A=1\nB-\n").map(|_| ()).map_err(|e| e.0), Err(2));
+        assert_eq!(parse_env("A='x\n").map(|_| ()).map_err(|e| e.0), Err(1));
     }
 }

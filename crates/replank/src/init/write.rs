@@ -134,9 +134,14 @@ fn head(out: &mut Text, plan: &Plan, reading: &Reading<'_>) {
     if !third.is_empty() {
         out.comment("");
         out.comment(&format!(
-            "Third-party images are not upgraded by Replank and stay with compose: {compose} up -d {third}"
+            "Third-party images are not upgraded by Replank and stay with compose: {compose} up -d --no-deps {third}"
         ));
-        out.comment("They and the application meet on the networks below.");
+        out.comment(
+            "By their names, and never all: what is built here would start a second time, and want the same ports.",
+        );
+        if !plan.networks.is_empty() {
+            out.comment("They and the application meet on the networks below.");
+        }
     }
     let jobs = names(|kind| kind == Kind::Job);
     if !jobs.is_empty() {
@@ -294,9 +299,8 @@ fn overlap(out: &mut Text, service: &Service, run: &ContainerConfig) {
                 }
                 Kind::Worker | Kind::Cron | Kind::Job | Kind::ThirdParty => "since two might do their work twice",
             };
-            out.comment(&format!(
-                "The old one stops before the new one starts (no HTTP probe, or a writable mount), {why}."
-            ));
+            let cause = if run.mounts.iter().any(|m| !m.read_only) { "a writable mount" } else { "no HTTP probe" };
+            out.comment(&format!("The old one stops before the new one starts ({cause}), {why}."));
         }
     }
 }
