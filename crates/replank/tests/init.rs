@@ -158,6 +158,12 @@ fn hostile_input_ends_at_a_limit() {
     let many: String = (0..300).map(|n| format!("  s{n}: {{build: .}}\n")).collect();
     world.put("compose.yaml", format!("services:\n{many}"));
     look("at most 256 are read");
+    // A pipe that nobody writes into is not waited for.
+    let made = Command::new("mkfifo").arg(world.repo().join(".env")).status().unwrap();
+    assert!(made.success());
+    world.put("compose.yaml", "services:\n  web: {build: .}\n");
+    look(".env: is not a file");
+    fs::remove_file(world.repo().join(".env")).unwrap();
     // A link that leads out is not followed, and a file that is none is not read.
     fs::remove_file(world.repo().join("compose.yaml")).unwrap();
     symlink("/etc/passwd", world.repo().join("compose.yaml")).unwrap();
@@ -265,4 +271,70 @@ fn scripts_get_the_classification() {
     assert_eq!(found["files"], serde_json::json!([]));
     let (code, _, error) = world.told(&[]);
     assert!(code == 2 && error.contains("--output"), "the home is not the checkout: {error}");
+}
+
+mod mutants {
+    //! Compose files that nobody wrote: whatever they say, there is an answer, and what is accepted is a configuration.
+
+    use proptest::prelude::*;
+    use replank::init::{Wishes, read};
+
+    use super::{World, data, fs};
+
+    const PARTS: [&str; 24] = [
+        "\n",
+        " ",
+        ":",
+        "- ",
+        "[",
+        "]",
+        "{",
+        "}",
+        "*app",
+        "&app ",
+        "<<: *app",
+        "\"",
+        "'",
+        "$",
+        "${X:-",
+        "${DB_PASSWORD}",
+        "null",
+        "0",
+        "-1",
+        "/",
+        "../",
+        "\u{7f}",
+        "\u{202e}",
+        "!x ",
+    ];
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+        #[test]
+        fn of_compose_files_end_in_an_answer(cuts in prop::collection::vec((0.0..1.0_f64, 0_usize..40, 0..PARTS.len()), 1..6)) {
+            let mut text = fs::read_to_string(data().join("accepted/shop/repository/compose.yaml")).unwrap();
+            for (at, length, part) in cuts {
+                let floor = |at: usize| (0..=at.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+                let from = floor((at * text.len() as f64) as usize);
+                text.replace_range(from..floor(from + length).max(from), PARTS[part]);
+            }
+            let world = World::new("shop");
+            world.put("compose.yaml", &text);
+            for file in ["api", "web", "cron"] {
+                world.put(&format!("{file}/Dockerfile"), "FROM scratch\n");
+            }
+            world.put("api.env", "A=1\n");
+            world.put(".env", "DB_PASSWORD=x\n");
+            let wishes = Wishes {
+                repository: world.repo(), compose: None, application: Some("shop".into()), project: None, image: "x".into(), target: None,
+            };
+            if let Ok(outcome) = read(&wishes) {
+                for refusal in &outcome.refused {
+                    prop_assert!(!refusal.what.contains("not valid TOML"), "{refusal}\n{text}\n{}", outcome.toml);
+                    prop_assert!(!refusal.advice.is_empty(), "{refusal}");
+                }
+                prop_assert!(!outcome.toml.contains(['\u{7f}', '\u{202e}']), "{}", outcome.toml);
+            }
+        }
+    }
 }

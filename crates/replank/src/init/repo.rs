@@ -64,16 +64,18 @@ impl Repo {
     /// Text of a file in the tree; `None` where there is none. The error says why it is not read.
     pub fn read(&self, path: &str) -> Result<Option<String>, String> {
         let path = self.inside(".", path)?;
-        let file = match std::fs::File::open(self.root.join(path)) {
-            Ok(file) => file,
+        let at = self.root.join(path);
+        let failed = |e: std::io::Error| format!("cannot be read: {e}");
+        // Looked at before it is opened: to open a pipe is to wait for somebody who writes.
+        match std::fs::metadata(&at) {
+            Ok(meta) if meta.is_file() => {}
+            Ok(_) => return Err("is not a file".to_owned()),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(e) => return Err(format!("cannot be read: {e}")),
-        };
-        if !file.metadata().is_ok_and(|m| m.is_file()) {
-            return Err("is not a file".to_owned());
+            Err(e) => return Err(failed(e)),
         }
+        let file = std::fs::File::open(at).map_err(failed)?;
         let mut bytes = Vec::new();
-        file.take(FILE_MAX + 1).read_to_end(&mut bytes).map_err(|e| format!("cannot be read: {e}"))?;
+        file.take(FILE_MAX + 1).read_to_end(&mut bytes).map_err(failed)?;
         if bytes.len() as u64 > FILE_MAX {
             return Err(format!("has more than {FILE_MAX} bytes"));
         }

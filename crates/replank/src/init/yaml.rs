@@ -67,7 +67,12 @@ pub fn parse(text: &str) -> Result<Node, Unreadable> {
     };
     let root: Spanned<Value> = serde_saphyr::from_str_with_options(text, options).map_err(|error| Unreadable {
         line: error.location().map_or(0, |at| at.line()),
-        what: error.to_string().split_whitespace().collect::<Vec<_>>().join(" "),
+        // For people: the other words speak of the library's own settings.
+        what: error
+            .render_with_formatter(&serde_saphyr::UserMessageFormatter)
+            .split_whitespace()
+            .collect::<Vec<_>>()
+            .join(" "),
     })?;
     Ok(node(root))
 }
