@@ -3,6 +3,7 @@
 pub mod builder;
 pub mod engine;
 pub mod exec_channel;
+mod http_date;
 pub mod labels;
 pub mod ledger;
 pub mod logs;

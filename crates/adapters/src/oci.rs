@@ -432,6 +432,14 @@ impl OciClient {
         Err(self.refused(&place, &format!("an upload to {repository}"), response).await)
     }
 
+    /// What time the registry of a repository says that it is, to a second; `None` where it says nothing about it.
+    pub async fn time(&self, repository: &str) -> Result<Option<Millis>, Fault> {
+        let place = self.place(repository)?;
+        let url = self.url(&place, "/v2/")?;
+        let answer = self.client(&url)?.get(url).send().await.map_err(|e| self.unreachable(&place, e))?;
+        Ok(crate::http_date::of(answer.headers()))
+    }
+
     /// Begins an upload and gives it up: whether the credentials may push, and whether the registry takes anything now.
     pub async fn try_upload(&self, repository: &str) -> Result<(), Fault> {
         let place = self.place(repository)?;

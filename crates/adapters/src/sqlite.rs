@@ -1,5 +1,8 @@
 //! The one SQLite file: where it may lie, how it is opened, and the one thread that owns the connection.
 
+mod backup;
+mod whole;
+
 use std::fs;
 use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
@@ -117,10 +120,17 @@ impl Store {
     /// file is left as it is.
     pub async fn open(directory: impl Into<PathBuf>) -> Result<Self, LedgerError> {
         let directory = directory.into();
+        Self::on_thread(move || open(&directory)).await
+    }
+
+    /// A connection that `open` makes, on a thread of its own.
+    async fn on_thread(
+        open: impl FnOnce() -> Result<Connection, Failed> + Send + 'static,
+    ) -> Result<Self, LedgerError> {
         let (requests, mut inbox) = mpsc::channel::<Work>(QUEUE);
         let (ready, opened) = oneshot::channel();
         let spawned = std::thread::Builder::new().name("replank-sqlite".to_owned()).spawn(move || {
-            let mut connection = match open(&directory) {
+            let mut connection = match open() {
                 Ok(connection) => connection,
                 // Nobody waits any more: then nobody needs the error either.
                 Err(failed) => return drop(ready.send(Err(failed))),
@@ -211,11 +221,7 @@ pub(crate) fn uint(n: i64) -> u64 {
 // --- Opening ---------------------------------------------------------------------------------------------------
 
 fn open(directory: &Path) -> Result<Connection, Failed> {
-    let place = |what: String, error: io::Error| {
-        Failed::Unavailable(Fault::permanent(what).because(error).advice(
-            "give the controller a directory of its own that it may write, and mount the directory, not the file",
-        ))
-    };
+    let place = |what: String, error: io::Error| Failed::Unavailable(misplaced(what, error));
     let shown = directory.display();
     if !directory.exists() {
         fs::DirBuilder::new()
@@ -224,16 +230,7 @@ fn open(directory: &Path) -> Result<Connection, Failed> {
             .create(directory)
             .map_err(|e| place(format!("the ledger's directory {shown} could not be made"), e))?;
     }
-    let stat = rustix::fs::statfs(directory)
-        .map_err(|e| place(format!("the file system of {shown} could not be asked for its type"), e.into()))?;
-    // The kernel's magic numbers are 32 bits wide; some architectures sign-extend them.
-    if let Some(name) = network_file_system((stat.f_type as u64 & 0xffff_ffff) as u32) {
-        let fault = Fault::permanent(format!("the ledger's directory {shown} lies on {name}"));
-        return Err(Failed::Unavailable(fault.advice(
-            "SQLite's locks and shared memory do not hold there: use a directory on a local disk, or a named volume of the \
-             container engine",
-        )));
-    }
+    check_place(directory).map_err(Failed::Unavailable)?;
     let file = directory.join(FILE);
     match fs::symlink_metadata(&file) {
         Ok(meta) if meta.is_file() => {}
@@ -254,6 +251,26 @@ fn open(directory: &Path) -> Result<Connection, Failed> {
     connection.busy_handler(Some(patience())).map_err(failed)?;
     prepare(&mut connection, &file)?;
     Ok(connection)
+}
+
+fn misplaced(what: String, error: io::Error) -> Fault {
+    Fault::permanent(what)
+        .because(error)
+        .advice("give the controller a directory of its own that it may write, and mount the directory, not the file")
+}
+
+/// Permanent where a ledger cannot lie in this directory, which exists: locks do not hold on network file systems.
+pub fn check_place(directory: &Path) -> Result<(), Fault> {
+    let shown = directory.display();
+    let stat = rustix::fs::statfs(directory)
+        .map_err(|e| misplaced(format!("the file system of {shown} could not be asked for its type"), e.into()))?;
+    // The kernel's magic numbers are 32 bits wide; some architectures sign-extend them.
+    let Some(name) = network_file_system((stat.f_type as u64 & 0xffff_ffff) as u32) else { return Ok(()) };
+    let fault = Fault::permanent(format!("the ledger's directory {shown} lies on {name}"));
+    Err(fault.advice(
+        "SQLite's locks and shared memory do not hold there: use a directory on a local disk, or a named volume of the \
+         container engine",
+    ))
 }
 
 /// Puts an empty file of mode 0600 in place, if none is there. The file proper is never opened here: closing any

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::fault::Told;
 use crate::phase::{Built, Fetched, Op, WayBack};
 use crate::ports::Role;
-use crate::record::{Actor, ControllerId, Deployment, Job, Latest};
+use crate::record::{Actor, ControllerId, Deployment, Head, Job, Latest};
 use crate::words::{ComponentName, ContainerName, Millis, OpKey};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -57,6 +57,15 @@ pub enum Event {
         role: Role,
         change: TokenChange,
         reason: String,
+    },
+    /// The ledger's file was replaced by a backup of it: what happened in between is in the file that was replaced.
+    LedgerRestored {
+        actor: Actor,
+        reason: String,
+        /// Name of the backup, without its directory.
+        file: String,
+        /// The history that was replaced, as far as it could be read.
+        replaced: Option<Head>,
     },
     // The remote's.
     RefsSeen {
@@ -142,6 +151,7 @@ impl Event {
             Self::Kept { .. } => "kept",
             Self::TrackCommits { .. } => "track_commits",
             Self::TokenChanged { .. } => "token_changed",
+            Self::LedgerRestored { .. } => "ledger_restored",
             Self::RefsSeen { .. } => "candidate_detected",
             Self::HandedOver { .. } => "handed_over",
             Self::TookOver { .. } => "took_over",

@@ -60,6 +60,7 @@ pub fn next(record: &Record, event: &Event, now: Millis) -> Result<Phase, Refuse
         }
         Event::TrackCommits { .. }
         | Event::TokenChanged { .. }
+        | Event::LedgerRestored { .. }
         | Event::RefsSeen { .. }
         | Event::TookOver { .. }
         | Event::HandedOver { .. } => Ok(phase),
@@ -442,6 +443,16 @@ pub fn apply_as(record: &Record, event: &Event, now: Millis, reads: u32) -> Resu
                 .with("role", json!(role))
                 .with("change", json!(change))
                 .with("reason", reason.clone());
+        }
+        Event::LedgerRestored { actor, reason, file, replaced } => {
+            audit = Audit::new(now, None, event.name())
+                .with("actor", json!(actor))
+                .with("reason", reason.clone())
+                .with("file", file.clone())
+                .with("lines", record.history.count);
+            if let Some(head) = replaced {
+                audit = audit.with("replaced_lines", head.count).with("replaced_head", json!(head.hash));
+            }
         }
         Event::RefsSeen { latest } => {
             new.latest = latest.clone();

@@ -84,6 +84,7 @@ fn events(record: &Record) -> Vec<Event> {
             change: TokenChange::Revoked,
             reason: String::new(),
         },
+        Event::LedgerRestored { actor: actor(), reason: String::new(), file: String::new(), replaced: None },
         Event::RefsSeen { latest: Latest::default() },
         Event::HandedOver { to: ControllerId::Host },
         Event::TookOver { by: ControllerId::Host },
@@ -120,6 +121,7 @@ fn events(record: &Record) -> Vec<Event> {
             | Event::Kept { .. }
             | Event::TrackCommits { .. }
             | Event::TokenChanged { .. }
+            | Event::LedgerRestored { .. }
             | Event::RefsSeen { .. }
             | Event::HandedOver { .. }
             | Event::TookOver { .. }
@@ -339,6 +341,22 @@ fn a_changed_token_is_one_line_and_changes_nothing_else() {
         (commit.record.history, commit.record.updated_at) = (record.history.clone(), record.updated_at);
         assert_eq!(commit.record, record, "{}", state.name());
     }
+}
+
+#[test]
+fn a_restored_ledger_is_one_line_and_changes_nothing_else() {
+    let record = record_in(State::Succeeded, Mode::Single);
+    let replaced = Some(Head { count: 9, hash: Some(Digest::of(b"x")) });
+    let reason = "the disk failed".to_owned();
+    let event = Event::LedgerRestored { actor: actor(), reason, file: "copy.db".to_owned(), replaced };
+    let mut commit = apply(&record, &event, Millis(5)).unwrap();
+    let line: serde_json::Value = serde_json::from_slice(&commit.lines[0].bytes).unwrap();
+    assert_eq!((&line["event"], &line["job_id"]), (&"ledger_restored".into(), &"".into()));
+    assert_eq!((&line["file"], &line["reason"]), (&"copy.db".into(), &"the disk failed".into()));
+    assert_eq!((&line["lines"], &line["replaced_lines"]), (&record.history.count.into(), &9.into()));
+    assert_eq!(line["replaced_head"], Digest::of(b"x").to_string());
+    (commit.record.history, commit.record.updated_at) = (record.history.clone(), record.updated_at);
+    assert_eq!(commit.record, record);
 }
 
 #[test]

@@ -178,7 +178,7 @@ fn through_exec(
     Ok(Parts { source, builder, registry, local_images: None, registries })
 }
 
-fn me(settings: &Settings) -> anyhow::Result<ControllerId> {
+pub(crate) fn me(settings: &Settings) -> anyhow::Result<ControllerId> {
     Ok(match &settings.revision {
         Some(revision) => ControllerId::Revision(RevisionId::new(revision.clone())?),
         None => ControllerId::Host,
@@ -208,7 +208,11 @@ async fn installation(ledger: &dyn Ledger, settings: &Settings, me: &ControllerI
     }
 }
 
-fn source(settings: &Settings, env: &Environment, secrets: &mut Vec<String>) -> Result<Option<GitSource>, Fault> {
+pub(crate) fn source(
+    settings: &Settings,
+    env: &Environment,
+    secrets: &mut Vec<String>,
+) -> Result<Option<GitSource>, Fault> {
     let Some(source) = &settings.source else { return Ok(None) };
     let credential = match &source.credential {
         None => None,
@@ -252,7 +256,7 @@ fn percent_decoded(text: &str) -> Option<String> {
     String::from_utf8(bytes).ok()
 }
 
-fn registries(settings: &Settings, secrets: &mut Vec<String>) -> Result<OciConfig, Fault> {
+pub(crate) fn registries(settings: &Settings, secrets: &mut Vec<String>) -> Result<OciConfig, Fault> {
     let mut config = OciConfig::default();
     let Some(registry): Option<&RegistrySettings> = settings.registry.as_ref() else { return Ok(config) };
     if registry.acr.is_some() {
@@ -288,7 +292,7 @@ fn build_secrets(
     Ok(sources)
 }
 
-fn secret(from: &SecretSource, env: &Environment, what: &str) -> Result<String, Fault> {
+pub(crate) fn secret(from: &SecretSource, env: &Environment, what: &str) -> Result<String, Fault> {
     match from {
         SecretSource::File(path) => read_secret(path, what),
         SecretSource::Env(name) => env.get(name).map(str::to_owned).ok_or_else(|| {

@@ -59,6 +59,7 @@ async fn help_teaches_every_command() {
         assert!(all.contains(part), "{part}");
     }
     for command in [
+        "init",
         "serve",
         "deploy",
         "status",
@@ -72,7 +73,9 @@ async fn help_teaches_every_command() {
         "logs",
         "history",
         "escape-hatch",
+        "doctor",
         "token",
+        "ledger",
         "proxy",
         "completions",
     ] {

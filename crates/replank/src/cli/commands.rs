@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::tz::TimeZone;
-use replank_core::history::Verifier;
 use replank_core::ports::{Clock as _, Role};
 use replank_core::words::{Millis, Version};
 use serde_json::{Value, json};
@@ -22,27 +21,28 @@ use super::{Because, Command, Global, Logs, RoleArg, RollbackArgs, Start, TokenC
 use crate::config::env::Environment;
 use crate::config::{FILE, Settings};
 use crate::http::row::Row;
-use crate::wiring;
+use crate::{verify, wiring};
 
-type Done = Result<ExitCode, Failure>;
+pub(super) type Done = Result<ExitCode, Failure>;
 
 /// Where the state is kept when the environment alone configures the service, and names no `REPLANK_HOME`.
 const HOME: &str = "/var/lib/replank";
 /// Longest token file: a token has 68 bytes.
 const TOKEN_FILE_MAX: u64 = 4_096;
-/// History lines that are verified at a time.
-const VERIFY_STEP: usize = 1_000;
 
-struct Run<'a> {
-    global: Global,
-    env: &'a Environment,
-    style: Style,
+pub(super) struct Run<'a> {
+    pub(super) global: Global,
+    pub(super) env: &'a Environment,
+    pub(super) style: Style,
 }
 
 pub async fn run(command: Command, global: Global, env: &Environment) -> Done {
     let colours = std::io::stdout().is_terminal() && env.get("NO_COLOR").is_none();
     let run = Run { global, env, style: Style { colours, zone: TimeZone::system() } };
     match command {
+        Command::Init(args) => run.init(args),
+        Command::Doctor(args) => run.doctor(args).await,
+        Command::Ledger(command) => run.ledger(command).await,
         Command::Serve(args) => run.serve(args).await,
         Command::Deploy(args) => run.deploy(args).await,
         Command::Status(args) => run.status(args).await,
@@ -67,15 +67,15 @@ pub async fn run(command: Command, global: Global, env: &Environment) -> Done {
 
 impl Run<'_> {
     /// The configuration that somebody named.
-    fn named_config(&self) -> Option<PathBuf> {
+    pub(super) fn named_config(&self) -> Option<PathBuf> {
         self.global.config.clone().or_else(|| self.env.get("REPLANK_CONFIG").map(PathBuf::from))
     }
 
-    fn home(&self) -> Option<PathBuf> {
+    pub(super) fn home(&self) -> Option<PathBuf> {
         self.env.get("REPLANK_HOME").map(PathBuf::from)
     }
 
-    fn config_path(&self) -> PathBuf {
+    pub(super) fn config_path(&self) -> PathBuf {
         self.named_config().or_else(|| self.home().map(|home| home.join(FILE))).unwrap_or_else(|| PathBuf::from(FILE))
     }
 
@@ -84,7 +84,7 @@ impl Run<'_> {
         self.named_config().is_none() && !self.config_path().exists() && Settings::is_in_environment(self.env)
     }
 
-    fn settings(&self) -> Result<Settings, Failure> {
+    pub(super) fn settings(&self) -> Result<Settings, Failure> {
         let settings = if self.is_of_environment() {
             Settings::of_environment(&self.home().unwrap_or_else(|| PathBuf::from(HOME)), self.env)
         } else {
@@ -128,7 +128,11 @@ impl Run<'_> {
         }
     }
 
-    fn print(&self, value: &Value, human: impl FnOnce(&mut dyn std::io::Write, &Style) -> std::io::Result<()>) -> Done {
+    pub(super) fn print(
+        &self,
+        value: &Value,
+        human: impl FnOnce(&mut dyn std::io::Write, &Style) -> std::io::Result<()>,
+    ) -> Done {
         let mut out = std::io::stdout().lock();
         if self.global.json {
             writeln!(out, "{value}")?
@@ -364,33 +368,14 @@ impl Run<'_> {
 
     async fn verify(&self) -> Done {
         let ledger = wiring::ledger(&self.settings()?).await?;
-        let failed = |e: replank_core::ports::LedgerError| Failure::from(anyhow::Error::new(e));
-        let broken = |e: replank_core::history::Broken| {
-            Failure::new(
-                Code::Failed,
-                format!(
-                    "the history is NOT consistent with its anchor: {e}; keep a copy of the ledger directory and look into it"
-                ),
-            )
-        };
-        let Some((record, _)) = ledger.load().await.map_err(failed)? else {
+        let verified = verify::history(ledger.as_ref()).await.map_err(|e| match e {
+            verify::NotVerified::Ledger(error) => Failure::from(anyhow::Error::new(error)),
+            broken @ verify::NotVerified::Broken(_) => Failure::new(Code::Failed, broken.to_string()),
+        })?;
+        let Some(lines) = verified else {
             return self
                 .print(&json!({ "consistent": true, "lines": 0 }), |out, _| writeln!(out, "there is no history yet"));
         };
-        let (mut verifier, mut next) = (Verifier::default(), 0_u64);
-        // The anchor's count bounds the walk: lines that were added since belong to a later anchor.
-        while next < record.history.count {
-            let step = usize::try_from(record.history.count - next).unwrap_or(VERIFY_STEP).min(VERIFY_STEP);
-            let lines = ledger.history(next, step).await.map_err(failed)?;
-            if lines.is_empty() {
-                break;
-            }
-            for line in &lines {
-                verifier.line(line).map_err(broken)?;
-                next += 1;
-            }
-        }
-        let lines = verifier.finish(&record.history).map_err(broken)?;
         self.print(&json!({ "consistent": true, "lines": lines }), |out, style| {
             let count = show::count(usize::try_from(lines).unwrap_or(usize::MAX), "event");
             writeln!(out, "{}: {count}", style.good("consistent with anchor"))

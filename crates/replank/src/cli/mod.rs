@@ -2,11 +2,16 @@
 
 mod client;
 mod commands;
+mod doctor;
 pub(crate) mod failure;
-mod plain;
+mod init;
+mod ledger;
+pub(crate) mod plain;
 mod show;
 pub mod tokens;
 mod watch;
+
+pub(crate) use show::count;
 
 use std::ffi::OsString;
 use std::io::{IsTerminal as _, Write as _};
@@ -39,6 +44,8 @@ Environment:
 
 const EXAMPLES: &str = "\
 A first time, on the machine that runs the application:
+  replank init . --output /srv/shop      write replank.toml from the repository's compose file
+  cd /srv/shop
   replank deploy                         start the application from replank.toml
   replank token create me --role admin   make a token, into tokens/me
   replank status
@@ -86,6 +93,9 @@ pub enum LogFormat {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Write replank.toml for a repository, from its compose file and Dockerfiles.
+    #[command(after_help = init::HELP)]
+    Init(init::Init),
     /// Run the service: the engine, and the API that this command line speaks to.
     Serve(Serve),
     /// Deploy an application for the first time, from its configuration.
@@ -116,9 +126,15 @@ pub enum Command {
     History(History),
     /// Print the commands that restore the old version with Replank gone.
     EscapeHatch,
+    /// Look at everything that an upgrade needs, from here: remote, registry, engine, ledger, disk, clock.
+    #[command(after_help = doctor::HELP)]
+    Doctor(doctor::Doctor),
     /// Make, list and revoke tokens; needs the ledger, not the service.
     #[command(subcommand)]
     Token(TokenCommand),
+    /// Copy the ledger while it is in use, or put a copy back; needs no service.
+    #[command(subcommand)]
+    Ledger(ledger::LedgerCommand),
     /// Own the application's public ports and send their traffic where the controller says.
     Proxy(crate::proxy::ProxyArgs),
     /// Run git, az and a few other programs for whoever holds a token, with policed arguments: for builds in another container.

@@ -196,11 +196,15 @@ impl Changes {
     }
 
     fn check_reason(&self) -> Result<(), Failure> {
-        if self.reason.chars().count() > REASON_MAX {
-            return Err(Failure::usage(format!("the reason is longer than {REASON_MAX} characters; shorten it")));
-        }
-        Ok(())
+        check_reason(&self.reason)
     }
+}
+
+pub fn check_reason(reason: &str) -> Result<(), Failure> {
+    if reason.chars().count() > REASON_MAX {
+        return Err(Failure::usage(format!("the reason is longer than {REASON_MAX} characters; shorten it")));
+    }
+    Ok(())
 }
 
 /// The user who types, as an actor: the number is the system's word, the name only what the environment says.

@@ -46,6 +46,17 @@ fn the_way_back_was_told_first(rig: &Rig) {
     assert!(commands.iter().any(|c| c.as_str().is_some_and(|c| c.contains("docker"))), "{commands:?}");
 }
 
+/// On a real engine, remote and, where one is configured, registry. Disk and memory are the test machine's affair.
+fn all_that_an_upgrade_needs_is_there(rig: &Rig) {
+    let out = show(rig, &["doctor", "--json"]);
+    let found: Value = serde_json::from_slice(&out.stdout).expect("JSON");
+    let checks = found["checks"].as_array().cloned().unwrap_or_default();
+    assert!(checks.len() >= 12, "{found}");
+    for check in checks.iter().filter(|c| c["name"] != "disk" && c["name"] != "memory" && c["name"] != "home") {
+        assert_eq!(check["verdict"], "ok", "{check}");
+    }
+}
+
 #[test]
 fn every_command_answers_a_new_user() {
     let mut rig = Rig::prepare(Options::default());
@@ -56,6 +67,7 @@ fn every_command_answers_a_new_user() {
     well(&rig, &["deploy"], &["building", "0.1.0 runs as revision"]);
     refused(&show(&rig, &["deploy"]), 1, &["deployed already", "replank start"]);
     rig.serve();
+    all_that_an_upgrade_needs_is_there(&rig);
 
     well(&rig, &["status"], &["inputs", "0.1.0", "succeeded", "what runs is the newest"]);
     well(&rig, &["candidates"], &["nothing newer than 0.1.0"]);

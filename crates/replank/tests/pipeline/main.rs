@@ -4,6 +4,7 @@
 mod failing_releases;
 mod flips_back;
 mod foreign_engine;
+mod inside;
 mod killed_controller;
 mod killed_engine;
 mod retried_builds;

@@ -10,6 +10,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use replank_core::fault::Fault;
+use replank_core::words::Millis;
 use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderValue, LOCATION};
 use reqwest::{Certificate, Client, RequestBuilder, Response, StatusCode, redirect};
 
@@ -69,6 +70,14 @@ impl<'a> Asker<'a> {
     pub(super) async fn ls_refs(&self, prefixes: &[String]) -> Result<Vec<RefLine>, Fault> {
         let asked = tokio::time::timeout(self.limits.refs_time, self.converse(prefixes));
         asked.await.unwrap_or_else(|_| Err(slow()))
+    }
+
+    /// What time the remote says that it is. An answer of any kind carries it, a refusal too.
+    pub(super) async fn time(&self) -> Result<Option<Millis>, Fault> {
+        let url = format!("{}/info/refs?service=git-upload-pack", self.remote.shown());
+        let asked = tokio::time::timeout(self.limits.refs_time, self.client.head(url).send()).await;
+        let answer = asked.map_err(|_| slow())?.map_err(sort)?;
+        Ok(crate::http_date::of(answer.headers()))
     }
 
     async fn converse(&self, prefixes: &[String]) -> Result<Vec<RefLine>, Fault> {

@@ -107,7 +107,7 @@ impl Fetch<'_> {
         let scratch = Scratch(job_dir.join(format!("{SCRATCH}{}", std::process::id())));
         let home = scratch.0.join("home");
         make(&home)?;
-        self.check_version(&home).await?;
+        self.source.check_git(&home).await?;
         let done = self.tree();
         if done.path.symlink_metadata().is_ok() {
             if self.is_whole(&done.path, &home).await? {
@@ -317,20 +317,6 @@ impl Fetch<'_> {
         self.source.plumb(args, src, home, &self.local_config(src), capture).await
     }
 
-    async fn check_version(&self, home: &Path) -> Result<(), Fault> {
-        let said = self.source.plumb(&["version"], home, home, &[], CAPTURE_SMALL).await?;
-        let said = String::from_utf8_lossy(&said);
-        let mut numbers =
-            said.trim().trim_start_matches("git version ").split('.').map_while(|n| n.parse::<u32>().ok());
-        if let (Some(major), Some(minor)) = (numbers.next(), numbers.next())
-            && (major, minor) >= OLDEST_GIT
-        {
-            return Ok(());
-        }
-        Err(Fault::permanent(format!("{:?} is too old", said.trim()))
-            .advice("install git 2.37 or later where Replank runs"))
-    }
-
     /// The commit is the pinned one, and everything on disk is as it was checked out.
     async fn is_whole(&self, src: &Path, home: &Path) -> Result<bool, Fault> {
         let head = self.ask_git(&["rev-parse", "--verify", "HEAD^{commit}"], src, home, CAPTURE_SMALL).await;
@@ -421,6 +407,22 @@ fn clear_scratch(job_dir: &Path) -> Result<(), Fault> {
 }
 
 impl GitSource {
+    /// Permanent where git is missing, or too old to be pinned to judged addresses. `home` is a directory that exists; nothing
+    /// is written into it.
+    pub async fn check_git(&self, home: &Path) -> Result<(), Fault> {
+        let said = self.plumb(&["version"], home, home, &[], CAPTURE_SMALL).await?;
+        let said = String::from_utf8_lossy(&said);
+        let mut numbers =
+            said.trim().trim_start_matches("git version ").split('.').map_while(|n| n.parse::<u32>().ok());
+        if let (Some(major), Some(minor)) = (numbers.next(), numbers.next())
+            && (major, minor) >= OLDEST_GIT
+        {
+            return Ok(());
+        }
+        Err(Fault::permanent(format!("{:?} is too old", said.trim()))
+            .advice("install git 2.37 or later where Replank runs"))
+    }
+
     /// Runs a local git command and returns its output.
     async fn plumb(
         &self,

@@ -20,7 +20,7 @@ use async_trait::async_trait;
 use replank_core::fault::Fault;
 use replank_core::ports::{Log, NoLog, Refs, Source, Tree};
 use replank_core::record::Target;
-use replank_core::words::JobId;
+use replank_core::words::{JobId, Millis};
 
 pub(super) use clone::same;
 use outbound::{RESOLVE_TIME, Reach, Resolver, SystemResolver};
@@ -160,6 +160,12 @@ impl GitSource {
             self.remote.admit(outbound::admit(answer.ip(), self.reach))?;
         }
         Ok(answers)
+    }
+
+    /// What time the remote says that it is, to a second; `None` where it says nothing about it.
+    pub async fn time(&self) -> Result<Option<Millis>, Fault> {
+        let addresses = self.addresses().await?;
+        advert::Asker::new(&self.remote, &addresses, self.ca_file.as_deref(), &self.limits)?.time().await
     }
 
     /// For a source that clones elsewhere: everything that the remote can be asked about a target without cloning it.
