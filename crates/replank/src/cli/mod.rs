@@ -124,6 +124,8 @@ pub enum Command {
     /// Run git, az and a few other programs for whoever holds a token, with policed arguments: for builds in another container.
     #[command(after_help = crate::exec_server::ENVIRONMENT)]
     ExecServer,
+    /// Print the description of the service's API (OpenAPI 3.1), as it serves it at /openapi.json.
+    Openapi,
     /// Print a completion script for a shell.
     #[command(after_help = "Example: replank completions bash > /etc/bash_completion.d/replank")]
     Completions { shell: clap_complete::Shell },
@@ -306,6 +308,10 @@ pub fn main(args: impl Iterator<Item = OsString>, env: &Environment) -> ExitCode
         // It makes its own, smaller runtime.
         Command::Proxy(args) => crate::proxy::run(args).map(|()| ExitCode::SUCCESS).map_err(Failure::from),
         Command::ExecServer => crate::exec_server::run(env),
+        Command::Openapi => std::io::stdout()
+            .write_all(&crate::http::document_text())
+            .map(|()| ExitCode::SUCCESS)
+            .map_err(Failure::from),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "replank", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)

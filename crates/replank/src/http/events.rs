@@ -32,6 +32,9 @@ struct Events {
     _permit: StreamPermit,
 }
 
+/// The row at once and on every change, as server-sent events: `status` with a row, or `trouble` with `detail`.
+#[utoipa::path(get, path = "/events", tag = "upgrade", security(("token" = [])),
+    responses((status = 200, description = "A stream without an end", body = String, content_type = "text/event-stream; charset=utf-8")))]
 pub async fn events(State(app): State<App>, caller: Caller) -> Result<Response, ApiError> {
     let permit = open(&app, &caller)?;
     let mut live = app.engine.live();

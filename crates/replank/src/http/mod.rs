@@ -1,8 +1,10 @@
 //! The HTTP face (contract §2): routes, sign-in, guards and views. Handlers only call engine commands.
 
 mod auth;
+mod document;
 mod errors;
 mod events;
+mod extract;
 mod guard;
 mod limits;
 mod logs;
@@ -10,6 +12,7 @@ mod patience;
 mod routes;
 pub mod row;
 mod serve;
+mod views;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -21,6 +24,7 @@ use crate::config::Settings;
 use crate::engine::api::Engine;
 
 pub use auth::{SECRET_PREFIX, dev_bypass, hash_secret};
+pub use document::{document, text as document_text};
 pub use limits::Limits;
 pub use serve::serve;
 
