@@ -8,7 +8,7 @@ use replank_testbed::{process, sample, setup};
 use crate::build::Build;
 use crate::tied::tied;
 use crate::world::World;
-use crate::{fuzz, tidy};
+use crate::{api, fuzz, tidy};
 
 /// For each fuzz target: long enough for what a change breaks at once; `cargo xtask fuzz` takes all the time it is given.
 const FUZZ_SECONDS: u64 = 10;
@@ -53,6 +53,9 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     // All of it in one go, as the test runner builds it: naming one package would choose other features, and build twice.
     step("that everything builds", build.cargo(&["build", "--workspace", "--all-targets"]))?;
     let replank = build.program(crate::build::Profile::Dev);
+    if !options.only_tests {
+        api::step(&replank)?;
+    }
     let world = World::start(replank, sample::FULL_UNITS)?;
 
     let has_nextest = process::run(Command::new("cargo").args(["nextest", "--version"])).is_ok();

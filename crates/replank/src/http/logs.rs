@@ -32,8 +32,13 @@ pub struct Ask {
     #[param(schema_with = switch)]
     follow: Option<String>,
     /// How many bytes to leave out.
-    #[param(value_type = Option<u64>, minimum = 0, default = 0)]
+    #[param(schema_with = offset)]
     from: Option<String>,
+}
+
+/// Without a format, which would bound it: an offset beyond the end is an empty answer.
+fn offset() -> Object {
+    ObjectBuilder::new().schema_type(Type::Integer).minimum(Some(0)).default(Some(0.into())).build()
 }
 
 fn switch() -> Object {

@@ -9,6 +9,7 @@ use replank_core::record::{Record, TargetKind};
 use replank_core::words::{CommitSha, IdempotencyKey, Version};
 use serde::Deserialize;
 use serde_json::{Map, Value};
+use utoipa::openapi::schema::{Object, ObjectBuilder, Type};
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -325,8 +326,13 @@ async fn escape_hatch(State(app): State<App>, _: Admin) -> Answer<views::EscapeH
 #[into_params(parameter_in = Query)]
 struct Tail {
     /// How many of the newest; more than 1000 count as 1000.
-    #[param(value_type = Option<u64>, minimum = 1, default = 50)]
+    #[param(schema_with = tail)]
     limit: Option<String>,
+}
+
+/// Without a format, which would bound it: too many are as many as there may be.
+fn tail() -> Object {
+    ObjectBuilder::new().schema_type(Type::Integer).minimum(Some(1)).default(Some(HISTORY_DEFAULT.into())).build()
 }
 
 /// What happened: the newest lines of the audited history.
