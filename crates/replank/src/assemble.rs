@@ -31,6 +31,7 @@ use crate::config::{ExecSettings, RegistrySettings, Settings, manifest};
 use crate::engine::{LocalEngine, Ports, Recipes, Setup, Shared};
 use crate::lock::ControllerLock;
 use crate::system::{SystemClock, SystemIds};
+use crate::telemetry::{Telemetry, Watched};
 
 /// Largest release manifest: it is text written by people.
 const MANIFEST_MAX: usize = 256 * 1024;
@@ -70,6 +71,7 @@ pub async fn controller(settings: &Settings, env: &Environment) -> anyhow::Resul
         Some(exec) => through_exec(settings, exec, env, &mut secrets)?,
         None => on_the_engine(settings, env, &mut secrets)?,
     };
+    let telemetry = Arc::new(Telemetry::new(settings.telemetry.otlp_endpoint.as_deref())?);
     let docker = if settings.platform.runs {
         let vantage = match &me {
             ControllerId::Host => Vantage::Host,
@@ -84,7 +86,7 @@ pub async fn controller(settings: &Settings, env: &Environment) -> anyhow::Resul
     let ports = Ports {
         clock,
         ids: ids.clone(),
-        ledger: ledger.clone(),
+        ledger: Arc::new(Watched::new(ledger.clone(), telemetry.clone())),
         logs: Arc::new(SqliteLogs::new(store)),
         source: parts.source.clone(),
         builder: parts.builder,
@@ -105,7 +107,7 @@ pub async fn controller(settings: &Settings, env: &Environment) -> anyhow::Resul
         secrets,
         recipes: Arc::new(ReleaseRecipes { settings: settings.clone(), source: parts.source }),
     });
-    let shared = Arc::new(Shared::default());
+    let shared = Arc::new(Shared::new(telemetry));
     let engine = Arc::new(LocalEngine::new(ports.clone(), setup.clone(), shared.clone()));
     Ok(Controller { ports, setup, shared, engine, tokens: ledger, docker, lock })
 }

@@ -10,4 +10,5 @@ pub mod http;
 pub mod lock;
 pub mod proxy;
 pub mod system;
+pub mod telemetry;
 pub mod wiring;

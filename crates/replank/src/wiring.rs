@@ -89,7 +89,9 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
 
     let engine = controller.engine.clone();
     let tokens = controller.tokens.clone();
-    let http = Http::new(engine.clone(), tokens, controller.ports.clock.clone(), Options::of(&settings, dev_bypass));
+    let telemetry = controller.shared.telemetry.clone();
+    let options = Options { telemetry: telemetry.clone(), ..Options::of(&settings, dev_bypass) };
+    let http = Http::new(engine.clone(), tokens, controller.ports.clock.clone(), options);
     let reconciler = Reconciler::new(controller.ports.clone(), controller.setup.clone(), controller.shared.clone());
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -107,6 +109,7 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
         ended = &mut looking => ended.context("the regular look at the remote ended")?,
     }
     looking.abort();
+    telemetry.close().await;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -156,6 +159,7 @@ pub async fn deploy(args: DeployArgs) -> anyhow::Result<ExitCode> {
         start(&controller, &args).await?;
     }
     let last = drive(&controller, &mut teller).await?;
+    controller.shared.telemetry.close().await;
     match (&last.phase, &last.running) {
         (Phase::Succeeded { .. }, Some(running)) => {
             let runs = format!("{} {} runs as revision {}", settings.application, running.version, running.revision);

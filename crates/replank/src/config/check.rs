@@ -10,6 +10,7 @@ use replank_core::record::OnRolloutFailure;
 use replank_core::words::{ComponentName, InstallationId};
 
 use super::env::Environment;
+use super::outward;
 use super::places::{az_exec_rules, exec, is_listed, registry};
 use super::reader::{Document, Problem, nearest};
 use super::{
@@ -70,6 +71,7 @@ pub fn settings(doc: &Document, file: &Path, env: &Environment) -> Result<Settin
             "add `application = \"NAME\"` at the top of the file",
         );
     }
+    let telemetry = outward::telemetry(doc, raw.telemetry);
     let mut problems = doc.problems();
     problems.extend(outside);
     let Some(application) = raw.application.filter(|_| problems.is_empty()) else {
@@ -89,6 +91,7 @@ pub fn settings(doc: &Document, file: &Path, env: &Environment) -> Result<Settin
         policy,
         mode,
         on_rollout_failure,
+        telemetry,
         admin_oids: list(env.get("UPGRADE_ADMIN_OIDS")),
         app_version: env.get("APP_VERSION").map(str::to_owned),
         container_app: env.get("CONTAINER_APP_NAME").map(str::to_owned),

@@ -3,6 +3,7 @@
 mod check;
 pub mod env;
 pub mod manifest;
+mod outward;
 mod places;
 mod raw;
 pub mod reader;
@@ -51,6 +52,7 @@ pub struct Settings {
     pub policy: Policy,
     pub mode: Mode,
     pub on_rollout_failure: OnRolloutFailure,
+    pub telemetry: TelemetrySettings,
     /// `UPGRADE_ADMIN_OIDS`: counts for verified identities only, never for tokens.
     pub admin_oids: BTreeSet<String>,
     /// `APP_VERSION`: the version that this controller's own image was built as.
@@ -136,6 +138,14 @@ pub struct ExecSettings {
     pub wait_out: Duration,
     /// The managed identity that `az` and the registry's client sign in as.
     pub client_id: Option<String>,
+}
+
+#[derive(Debug, Clone)]
+pub struct TelemetrySettings {
+    /// `/metrics` needs no token.
+    pub metrics_are_public: bool,
+    /// Where spans go: the whole URL, `/v1/traces` included.
+    pub otlp_endpoint: Option<String>,
 }
 
 #[derive(Debug, Clone)]

@@ -35,6 +35,8 @@ pub struct Raw {
     pub proxy: ProxyConfig,
     #[serde(default)]
     pub policy: Policy,
+    #[serde(default)]
+    pub telemetry: Telemetry,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -177,6 +179,22 @@ pub struct Component {
 #[serde(deny_unknown_fields)]
 pub struct Docker {
     pub socket: Option<PathBuf>,
+}
+
+#[derive(Debug, Deserialize, Default)]
+#[serde(deny_unknown_fields)]
+pub struct Telemetry {
+    #[serde(default)]
+    pub metrics: Metrics,
+    pub otlp_endpoint: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Metrics {
+    #[default]
+    Token,
+    Public,
 }
 
 #[derive(Debug, Deserialize, Default)]

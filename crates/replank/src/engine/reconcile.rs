@@ -78,6 +78,7 @@ impl Reconciler {
         let mut trouble = Duration::ZERO;
         loop {
             self.shared.turned(self.ports.clock.now());
+            self.shared.telemetry.turn();
             match self.turn(&mut done).await {
                 Ok(None) => return,
                 Ok(Some(Turn::Again)) => trouble = Duration::ZERO,

@@ -8,6 +8,7 @@ mod extract;
 mod guard;
 mod limits;
 mod logs;
+mod metrics;
 mod patience;
 mod routes;
 pub mod row;
@@ -22,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::Settings;
 use crate::engine::api::Engine;
+use crate::telemetry::Telemetry;
 
 pub use auth::{SECRET_PREFIX, dev_bypass, hash_secret};
 pub use document::{document, text as document_text};
@@ -40,6 +42,9 @@ pub struct Options {
     /// The application's own version, for `/api/health`.
     pub version: String,
     pub limits: Limits,
+    /// `/metrics` needs no token.
+    pub metrics_are_public: bool,
+    pub telemetry: Arc<Telemetry>,
 }
 
 impl Options {
@@ -50,6 +55,8 @@ impl Options {
             remote: settings.shown_remote().unwrap_or_default(),
             version: settings.app_version.clone().unwrap_or_else(|| env!("CARGO_PKG_VERSION").to_owned()),
             limits: Limits::default(),
+            metrics_are_public: settings.telemetry.metrics_are_public,
+            telemetry: Arc::default(),
         }
     }
 }

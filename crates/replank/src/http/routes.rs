@@ -19,7 +19,7 @@ use super::errors::ApiError;
 use super::extract::{Asked, Body, number};
 use super::guard::{guard, nothing_here, wrong_method};
 use super::row::Row;
-use super::{App, document, events, logs, row, views};
+use super::{App, document, events, logs, metrics, row, views};
 use crate::engine::api::StartRequest;
 
 /// Contract §2, in characters.
@@ -55,6 +55,7 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(live))
         .routes(routes!(ready))
         .routes(routes!(openapi))
+        .routes(routes!(metrics::metrics))
 }
 
 pub fn router(app: App) -> Router {
@@ -62,6 +63,7 @@ pub fn router(app: App) -> Router {
         .fallback(nothing_here)
         .method_not_allowed_fallback(wrong_method)
         .layer(middleware::from_fn_with_state(app.clone(), guard))
+        .layer(middleware::from_fn_with_state(app.clone(), metrics::count))
         .with_state(app)
 }
 
