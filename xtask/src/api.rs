@@ -61,7 +61,7 @@ fn check(replank: &Path, seconds: u64, seed: u64) -> Result<()> {
         .arg(files().join("schemathesis.toml"))
         .args(["--no-color", "run"])
         .arg(format!("{}/openapi.json", server.url))
-        .args(["--checks", "all", "--mode", "all", "--continue-on-failure", "--report-dir"])
+        .args(["--mode", "all", "--continue-on-failure", "--report-dir"])
         .arg(server.scratch.path().join("report"))
         .args(["--max-time", &seconds.to_string(), "--seed", &seed.to_string()])
         .env("REPLANK_API_TOKEN", &server.token)

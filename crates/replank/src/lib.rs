@@ -11,4 +11,5 @@ pub mod lock;
 pub mod proxy;
 pub mod system;
 pub mod telemetry;
+pub mod webhooks;
 pub mod wiring;

@@ -14,7 +14,9 @@ use replank_core::ports::{EscapeHatch, Ledger, Platform as _, Tokens};
 use replank_core::record::{Actor, ControllerId, Record};
 use replank_core::transition::reverse_of;
 use replank_core::words::Version;
+use replank_exec::outbound::SystemResolver;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::assemble::{self, Controller};
 use crate::config::Settings;
@@ -24,6 +26,7 @@ use crate::engine::{Reconciler, Shared};
 use crate::http::row::Row;
 use crate::http::{Http, Options};
 use crate::system::SystemClock;
+use crate::webhooks::{Courier, Pace};
 
 /// How often the remote is looked at without being asked.
 const CHECK_EVERY: Duration = Duration::from_secs(15 * 60);
@@ -102,6 +105,16 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
         }
         tracing::info!("told to stop; what is under way goes on when a controller is back");
     };
+    let courier = Courier {
+        ledger: controller.ports.ledger.clone(),
+        cursors: controller.cursors.clone(),
+        clock: controller.ports.clock.clone(),
+        resolver: Arc::new(SystemResolver),
+        me: controller.setup.me.clone(),
+        live: engine.live(),
+        pace: Pace::default(),
+    };
+    let _telling = AbortOnDropHandle::new(tokio::spawn(courier.run(controller.hooks.clone())));
     let mut looking = tokio::spawn(look_regularly(engine));
     tokio::select! {
         () = crate::http::serve(listener, http, stop) => {}

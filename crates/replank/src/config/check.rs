@@ -72,6 +72,7 @@ pub fn settings(doc: &Document, file: &Path, env: &Environment) -> Result<Settin
         );
     }
     let telemetry = outward::telemetry(doc, raw.telemetry);
+    let webhooks = outward::webhooks(doc, raw.webhooks, &at);
     let mut problems = doc.problems();
     problems.extend(outside);
     let Some(application) = raw.application.filter(|_| problems.is_empty()) else {
@@ -92,6 +93,7 @@ pub fn settings(doc: &Document, file: &Path, env: &Environment) -> Result<Settin
         mode,
         on_rollout_failure,
         telemetry,
+        webhooks,
         admin_oids: list(env.get("UPGRADE_ADMIN_OIDS")),
         app_version: env.get("APP_VERSION").map(str::to_owned),
         container_app: env.get("CONTAINER_APP_NAME").map(str::to_owned),

@@ -22,10 +22,13 @@ use replank_core::phase::Mode;
 use replank_core::policy::Policy;
 use replank_core::record::OnRolloutFailure;
 use replank_core::words::{AppName, ComponentName, ContainerName, InstallationId};
+use replank_exec::outbound::Reach;
 
 use env::Environment;
 pub use raw::Builder;
 use reader::{Document, Problem, TEXT_MAX};
+
+use crate::webhooks::Event;
 
 /// The file's usual name.
 pub const FILE: &str = "replank.toml";
@@ -53,6 +56,7 @@ pub struct Settings {
     pub mode: Mode,
     pub on_rollout_failure: OnRolloutFailure,
     pub telemetry: TelemetrySettings,
+    pub webhooks: Vec<WebhookSettings>,
     /// `UPGRADE_ADMIN_OIDS`: counts for verified identities only, never for tokens.
     pub admin_oids: BTreeSet<String>,
     /// `APP_VERSION`: the version that this controller's own image was built as.
@@ -146,6 +150,15 @@ pub struct TelemetrySettings {
     pub metrics_are_public: bool,
     /// Where spans go: the whole URL, `/v1/traces` included.
     pub otlp_endpoint: Option<String>,
+}
+
+#[derive(Debug, Clone)]
+pub struct WebhookSettings {
+    pub url: reqwest::Url,
+    pub secret: SecretSource,
+    /// Never empty.
+    pub events: BTreeSet<Event>,
+    pub reach: Reach,
 }
 
 #[derive(Debug, Clone)]

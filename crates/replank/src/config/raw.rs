@@ -9,6 +9,8 @@ use replank_core::record::OnRolloutFailure;
 use replank_core::words::{AppName, ComponentName, ContainerName};
 use serde::Deserialize;
 
+use crate::webhooks::Event;
+
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Raw {
@@ -37,6 +39,8 @@ pub struct Raw {
     pub policy: Policy,
     #[serde(default)]
     pub telemetry: Telemetry,
+    #[serde(default)]
+    pub webhooks: Vec<Webhook>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -179,6 +183,19 @@ pub struct Component {
 #[serde(deny_unknown_fields)]
 pub struct Docker {
     pub socket: Option<PathBuf>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Webhook {
+    pub url: String,
+    pub secret_file: Option<PathBuf>,
+    pub secret_env: Option<String>,
+    pub events: Option<Vec<Event>>,
+    #[serde(default)]
+    pub allow_loopback: bool,
+    #[serde(default)]
+    pub allow_private: bool,
 }
 
 #[derive(Debug, Deserialize, Default)]

@@ -325,7 +325,7 @@ async fn beat(ports: Ports, setup: Arc<Setup>) {
 }
 
 /// The cause chain of a ledger's error on one line.
-pub(super) fn describe(error: &LedgerError) -> String {
+pub(crate) fn describe(error: &LedgerError) -> String {
     match error {
         LedgerError::Conflict => error.to_string(),
         LedgerError::Unavailable(fault) | LedgerError::Indeterminate(fault) | LedgerError::Unreadable(fault) => {
