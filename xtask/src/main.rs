@@ -5,6 +5,7 @@ mod bench;
 mod build;
 mod demo;
 mod fuzz;
+mod sim;
 mod test;
 mod tidy;
 mod tied;
@@ -35,6 +36,8 @@ enum Task {
     Fuzz(fuzz::Options),
     /// Checks the HTTP API against its own document, with made-up requests to a real server.
     Api(api::Options),
+    /// Plays upgrades under virtual time, with ports that fail in every way, and judges what each leaves.
+    Sim(sim::Options),
     /// Checks what the compiler does not: dependencies, imports, sizes of files.
     Tidy,
     /// Starts what tests and experiments need (engine, registry, git server, images, sample), prints the environment
@@ -61,6 +64,7 @@ fn run() -> Result<ExitCode> {
         Task::Bench(options) => bench::run(&options),
         Task::Fuzz(options) => fuzz::run(&options),
         Task::Api(options) => api::run(&options),
+        Task::Sim(options) => sim::run(&options),
         Task::Tidy => tidy::run(),
         Task::Engine(options) => world::run(&options).map(|()| ExitCode::SUCCESS),
     }

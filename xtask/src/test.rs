@@ -8,10 +8,15 @@ use replank_testbed::{process, sample, setup};
 use crate::build::Build;
 use crate::tied::tied;
 use crate::world::World;
-use crate::{api, fuzz, tidy};
+use crate::{api, fuzz, sim, tidy};
 
 /// For each fuzz target: long enough for what a change breaks at once; `cargo xtask fuzz` takes all the time it is given.
 const FUZZ_SECONDS: u64 = 10;
+
+/// Jobs in every run: under two minutes on two processors.
+const SIMULATION: u64 = 100_000;
+/// ... and in a long one.
+const FULL_SIMULATION: u64 = 3_000_000;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
@@ -52,6 +57,12 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     }
     // All of it in one go, as the test runner builds it: naming one package would choose other features, and build twice.
     step("that everything builds", build.cargo(&["build", "--workspace", "--all-targets"]))?;
+    // Who names tests wants those alone.
+    if options.runner.is_empty() {
+        let jobs = if options.full { FULL_SIMULATION } else { SIMULATION };
+        let options = sim::Options { jobs, seed: 1, each: 10, replay: None, json: false };
+        step("simulated upgrades", tied(&sim::command(&build, &options)))?;
+    }
     let replank = build.program(crate::build::Profile::Dev);
     if !options.only_tests {
         api::step(&replank)?;

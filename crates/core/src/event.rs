@@ -106,6 +106,10 @@ pub enum Event {
     RepairIntended {
         why: String,
     },
+    /// At rest: a restart of the machine took what served without proof away, and what was proved last serves again.
+    ProvedServes {
+        why: String,
+    },
     /// At rest: the snapshot's time is over, or it can no longer be restored.
     SnapshotDropped {
         why: String,
@@ -148,6 +152,7 @@ impl Event {
             Self::FlippedBack => "flipped_back",
             Self::RolledBack => "rollback_done",
             Self::RepairIntended { .. } => "repair_intended",
+            Self::ProvedServes { .. } => "proved_serves",
             Self::SnapshotDropped { .. } => "snapshot_dropped",
             Self::PurgeTried { .. } => "orphan_purge_attempt",
         }

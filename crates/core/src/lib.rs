@@ -5,6 +5,7 @@
 //! through which a shell does it. It performs no I/O, reads no clock and draws no randomness, so that every
 //! decision can be replayed.
 
+pub mod check;
 pub mod decide;
 pub mod event;
 pub mod fault;

@@ -68,6 +68,8 @@ pub struct Policy {
     pub clean_up_every: u64,
     /// Time between observations while a phase waits for the platform.
     pub observe_every: u64,
+    /// Longest that one change of the platform, or one clean-up, may take before it is given up as lost and looked for.
+    pub change: u64,
     /// Time between observations that count as proofs: long enough to be separate answers, short enough not to be waited for.
     pub prove_every: u64,
     /// Time between observations at rest.
@@ -94,6 +96,8 @@ impl Default for Policy {
             keep_logs: 50,
             clean_up_every: DAY,
             observe_every: SECOND,
+            // Twice the longest grace of a stop (it waits for open requests, then for the process), and half of that again.
+            change: 1_500 * SECOND,
             prove_every: 100,
             observe_at_rest: 15 * SECOND,
         }

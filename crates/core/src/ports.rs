@@ -70,6 +70,9 @@ pub trait Ledger: Send + Sync + fmt::Debug {
     /// `None` where nothing was ever committed.
     async fn load(&self) -> Result<Option<(Record, Etag)>, LedgerError>;
 
+    /// The version alone: whether a load would give something new. Every controller asks each second.
+    async fn version(&self) -> Result<Option<Etag>, LedgerError>;
+
     /// Replaces the version `expected` (`None`: there is no record yet) and appends `lines`.
     /// The lines' sequence numbers continue the stored history without a gap, else `Conflict`.
     async fn commit(&self, expected: Option<&Etag>, record: &Record, lines: &[Line]) -> Result<Etag, LedgerError>;

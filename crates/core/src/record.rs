@@ -94,6 +94,16 @@ pub struct Deployment {
     pub commit: CommitSha,
     pub images: Images,
     pub plan: Plan,
+    /// The highest record format that its controller reads, as its image says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reads_format: Option<u32>,
+}
+
+impl Deployment {
+    /// A controller that was deployed before images said so reads the first format.
+    pub fn reads_format(&self) -> u32 {
+        self.reads_format.unwrap_or(crate::format::FIRST)
+    }
 }
 
 /// What a rollback restores.
@@ -288,8 +298,8 @@ impl Record {
     /// The record of an application of which nothing is known yet.
     pub fn new(installation: InstallationId, application: AppName, now: Millis) -> Self {
         Self {
-            format: crate::format::FORMAT,
-            min_reader: crate::format::MIN_READER,
+            format: crate::format::FIRST,
+            min_reader: crate::format::FIRST,
             installation,
             application,
             running: None,

@@ -233,7 +233,13 @@ pub fn advance(view: &View<'_>, swap: &Swap, stage: Stage, reverse: bool) -> Ste
     let settled = seen.revisions.get(&to.revision).is_some_and(|r| r.returns_alone)
         && seen.traffic.fallback.is_none()
         && swap.intended(Op::Settle).is_some_and(|s| seen.traffic.generation >= s.generation);
-    let others = seen.revisions.keys().filter(|id| **id != to.revision).cloned().collect();
+    // What a flip back would restore goes on returning until the job has ended and it is retired: if the flip then failed
+    // half-way, nothing at all would return.
+    let way_back = match &swap.way_back {
+        WayBack::Snapshot(snapshot) => Some(&snapshot.deployment.revision),
+        WayBack::FirstDeployment => None,
+    };
+    let others = seen.revisions.keys().filter(|id| **id != to.revision && Some(*id) != way_back).cloned().collect();
     let change = |generation| Change::Settle { deployment: to.clone(), not: others, generation };
     operate(view, swap, Op::Settle, settled, change).unwrap_or(Step::Reached)
 }

@@ -12,7 +12,7 @@ use crate::image::attempt_tag;
 use crate::phase::{
     Build, Building, BuiltOnly, Confirming, Flip, Mode, Op, OpState, Patching, Phase, RollingBack, State, Swap, WayBack,
 };
-use crate::record::{Driver, Job, Latest, ORPHANS_MAX, OnRolloutFailure, Orphan, Quarantined, Record};
+use crate::record::{Deployment, Driver, Job, Latest, ORPHANS_MAX, OnRolloutFailure, Orphan, Quarantined, Record};
 use crate::words::{CommitSha, ComponentName, Millis, Version};
 
 /// Why an event cannot happen now.
@@ -24,6 +24,11 @@ pub enum Refused {
     InFlight { from: State },
     #[error("there is no snapshot to roll back to")]
     NoSnapshot,
+    #[error(
+        "the controller of {version} reads record format {reads}, and this record needs {needs}: it could not take the wheel; \
+         start a newer release, or restore that version by hand (escape hatch)"
+    )]
+    Unreadable { version: Version, reads: u32, needs: u32 },
     #[error("commit {} ({version}) is quarantined since it failed: {reason}; start it with the override if you mean it", commit.short())]
     Quarantined { commit: CommitSha, version: String, reason: String },
     #[error("'{event}' does not fit the job: {why}")]
@@ -72,6 +77,7 @@ pub fn next(record: &Record, event: &Event, now: Millis) -> Result<Phase, Refuse
                 | State::RollingBack
                 | State::RolledBack => wrong(),
             })?;
+            readable_to(record, &swap.to)?;
             Ok(Phase::RollingBack(RollingBack { swap, reason: reason.clone() }))
         }
         Event::Cancelled { reason, .. } if from.before_swap() => Ok(Phase::FailedPre {
@@ -261,7 +267,10 @@ pub fn next(record: &Record, event: &Event, now: Millis) -> Result<Phase, Refuse
             Phase::RollingBack(_) => Err(odd("the restored revision was not observed to serve and settle")),
             _ => Err(wrong()),
         },
-        Event::RepairIntended { .. } | Event::SnapshotDropped { .. } | Event::PurgeTried { .. } => {
+        Event::RepairIntended { .. }
+        | Event::ProvedServes { .. }
+        | Event::SnapshotDropped { .. }
+        | Event::PurgeTried { .. } => {
             if from.in_flight() {
                 Err(wrong())
             } else {
@@ -301,6 +310,15 @@ fn active_swap(phase: &mut Phase) -> Option<&mut Swap> {
         | Phase::RolledBack { .. }
         | Phase::RollbackFailed { .. } => None,
     }
+}
+
+/// Whether the controller of a deployment could go on from this record.
+pub fn readable_to(record: &Record, to: &Deployment) -> Result<(), Refused> {
+    let reads = to.reads_format();
+    if to.plan.has_controller() && reads < record.min_reader {
+        return Err(Refused::Unreadable { version: to.version.clone(), reads, needs: record.min_reader });
+    }
+    Ok(())
 }
 
 /// The swap that undoes what the record's phase did, where there is one.
@@ -345,6 +363,11 @@ pub struct Commit {
 
 /// Carries an event out on the record. Nothing is written; the result goes to the ledger as one commit.
 pub fn apply(record: &Record, event: &Event, now: Millis) -> Result<Commit, Refused> {
+    apply_as(record, event, now, crate::format::FORMAT)
+}
+
+/// The same for a build that reads records up to the format `reads`.
+pub fn apply_as(record: &Record, event: &Event, now: Millis, reads: u32) -> Result<Commit, Refused> {
     let phase = next(record, event, now)?;
     let mut new = record.clone();
     if phase.state() != record.phase.state() {
@@ -352,8 +375,6 @@ pub fn apply(record: &Record, event: &Event, now: Millis) -> Result<Commit, Refu
     }
     new.phase = phase;
     new.updated_at = now;
-    // A controller may never write a format that a reader it needs cannot read; there is one format so far.
-    new.format = new.format.max(crate::format::FORMAT);
 
     let mut audit = Audit::new(now, record.job.as_ref().map(|j| &j.id), event.name());
     match event {
@@ -406,6 +427,10 @@ pub fn apply(record: &Record, event: &Event, now: Millis) -> Result<Commit, Refu
             audit = audit.with("from", record.driver.controller.to_string()).with("to", to.to_string());
             new.driver = Driver { controller: to.clone(), since: now };
         }
+        // A build-only job ends here, and the history calls every such end by one name.
+        Event::BuildsComplete if new.phase.state() == State::Succeeded => {
+            audit = Audit::new(now, record.job.as_ref().map(|j| &j.id), "succeeded").with("build_only", true);
+        }
         Event::Claimed | Event::BuildsComplete | Event::Landed => {}
         Event::Fetched(fetched) => audit = audit.with("components", fetched.recipes.len()),
         Event::BuildIntended { component } => audit = audit.with("component", component.as_str()),
@@ -446,6 +471,13 @@ pub fn apply(record: &Record, event: &Event, now: Millis) -> Result<Commit, Refu
         Event::RepairIntended { why } => {
             new.generation += 1;
             audit = audit.with("why", why.clone()).with("generation", new.generation);
+        }
+        Event::ProvedServes { why } => {
+            new.serving.clone_from(&record.running);
+            audit = audit.with("why", why.clone());
+            if let Some(running) = &record.running {
+                audit = audit.with("revision", running.revision.as_str());
+            }
         }
         Event::SnapshotDropped { why } => {
             new.snapshot = None;
@@ -509,6 +541,8 @@ pub fn apply(record: &Record, event: &Event, now: Millis) -> Result<Commit, Refu
         let most = new.orphans.len().saturating_sub(ORPHANS_MAX);
         new.orphans.drain(..most);
     }
+    let level = crate::format::level(&new, reads);
+    (new.format, new.min_reader) = (new.format.max(level), level);
     // A look at the remote that found nothing new to start is no event: the history would drown in them.
     let silent = matches!(event, Event::RefsSeen { latest }
         if new_release(record, latest).is_none() && new_head(record, latest).is_none());

@@ -100,6 +100,7 @@ fn events(record: &Record) -> Vec<Event> {
         Event::FlippedBack,
         Event::RolledBack,
         Event::RepairIntended { why: String::new() },
+        Event::ProvedServes { why: String::new() },
         Event::SnapshotDropped { why: String::new() },
         Event::PurgeTried { removed: vec![], why: String::new() },
     ];
@@ -133,6 +134,7 @@ fn events(record: &Record) -> Vec<Event> {
             | Event::FlippedBack
             | Event::RolledBack
             | Event::RepairIntended { .. }
+            | Event::ProvedServes { .. }
             | Event::SnapshotDropped { .. }
             | Event::PurgeTried { .. } => {}
         }

@@ -109,6 +109,7 @@ pub async fn controller(settings: &Settings, env: &Environment) -> anyhow::Resul
         components: settings.components.keys().cloned().collect(),
         own_version: own_version(settings),
         secrets,
+        reads_format: replank_core::format::FORMAT,
         recipes: Arc::new(ReleaseRecipes { settings: settings.clone(), source: parts.source }),
     });
     let shared = Arc::new(Shared::new(telemetry));

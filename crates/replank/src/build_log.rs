@@ -308,6 +308,7 @@ impl Flusher {
         let until = Instant::now() + retry;
         loop {
             tokio::select! {
+                biased;
                 () = sleep_until(until) => return,
                 () = self.shared.news.notified() => {
                     if !done && self.shared.state().done {
@@ -356,6 +357,7 @@ impl Flusher {
                 }
             }
             tokio::select! {
+                biased;
                 () = self.shared.news.notified() => {}
                 () = sleep_until(due.unwrap_or(now + IDLE_AFTER)) => {}
             }

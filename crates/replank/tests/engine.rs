@@ -190,6 +190,7 @@ impl World {
             components: vec![name("api")],
             secrets: vec![SECRET.to_owned()],
             recipes: Arc::new(Nothing),
+            reads_format: replank_core::format::FORMAT,
         });
         let shared = Arc::new(Shared::default());
         let engine = LocalEngine::new(ports.clone(), setup.clone(), shared.clone());

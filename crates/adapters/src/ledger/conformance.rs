@@ -86,6 +86,7 @@ async fn a_stale_etag_a_foreign_one_and_none_conflict(one: &dyn Ledger, two: &dy
     let quiet = Record { updated_at: Millis(99), ..next.clone() };
     let etag = two.commit(Some(&fresh), &quiet, &[]).await.expect("commit");
     assert_ne!(etag, fresh);
+    assert_eq!(two.version().await.expect("version"), Some(etag.clone()), "the version of what a load would give");
     assert_eq!(one.load().await.expect("load").expect("record"), (quiet, etag));
 }
 

@@ -95,6 +95,17 @@ impl Ledger for SqliteLedger {
         }
     }
 
+    async fn version(&self) -> Result<Option<Etag>, LedgerError> {
+        let version = self
+            .read(|tx, app| {
+                let found =
+                    tx.query_row("SELECT version FROM record WHERE app = ?1", [app], |row| row.get::<_, i64>(0));
+                Ok(found.optional()?)
+            })
+            .await?;
+        Ok(version.map(|version| Etag(version.to_string())))
+    }
+
     async fn commit(&self, expected: Option<&Etag>, record: &Record, lines: &[Line]) -> Result<Etag, LedgerError> {
         let defect = |what: &str| {
             LedgerError::Unavailable(Fault::permanent(what).advice("this is a defect of Replank: report it"))
@@ -122,8 +133,10 @@ impl Ledger for SqliteLedger {
             if stored.map(|(version, _)| version) != expected {
                 return stop(LedgerError::Conflict);
             }
-            if let Some((_, min_reader)) = stored.filter(|(_, min_reader)| *min_reader > FORMAT) {
-                return stop(too_new(FormatError::TooNew { min_reader }));
+            if let Some((_, min_reader)) = stored
+                && let Err(error) = format::is_readable(min_reader, FORMAT)
+            {
+                return stop(too_new(error));
             }
             let end: i64 =
                 tx.query_row("SELECT coalesce(max(seq) + 1, 0) FROM history WHERE app = ?1", [app], |r| r.get(0))?;

@@ -408,6 +408,7 @@ fn prepared_event(view: &View<'_>, job: &Job, images: &crate::image::Images, pre
         commit: job.target.commit.clone(),
         images: images.clone(),
         plan: prepared.plan.clone(),
+        reads_format: prepared.reads_format,
     };
     let way_back = match &record.running {
         None => WayBack::FirstDeployment,

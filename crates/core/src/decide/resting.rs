@@ -8,7 +8,7 @@ use crate::event::Event;
 use crate::phase::Phase;
 use crate::ports::{Change, Observation, RevisionSeen, Running};
 use crate::record::{ControllerId, Deployment, Overlap};
-use crate::swap::{Fit, Step, fit, hand_over};
+use crate::swap::{Fit, Step, fit, fit_to_serve, hand_over};
 use crate::words::{ContainerName, Millis};
 
 /// Between jobs: put right what a late effect changed, and retire what nobody needs any more.
@@ -32,11 +32,15 @@ pub(super) fn decide(view: &View<'_>) -> Decision {
     // A dead driver's change of traffic that arrived late is undone, under a generation that refuses it from then on.
     let traffic = &seen.traffic;
     if traffic.revision.is_some() && traffic.revision.as_ref() != Some(&serving.revision) {
+        if let Some(event) = proved_serves(view, serving, seen) {
+            return Decision::Record(event);
+        }
         if record.generation <= traffic.generation {
             let why = "traffic was seen elsewhere than recorded".to_owned();
             return Decision::Record(Event::RepairIntended { why });
         }
-        let change = Change::Shift { to: serving.clone(), generation: record.generation, fallback: None };
+        let fallback = record.running.clone().filter(|running| running.revision != serving.revision);
+        let change = Change::Shift { to: serving.clone(), generation: record.generation, fallback };
         let attempt = u32::try_from(record.generation).unwrap_or(u32::MAX);
         return as_decision(view.act("repair-traffic", attempt, change));
     }
@@ -82,6 +86,19 @@ pub(super) fn decide(view: &View<'_>) -> Decision {
 
 fn housekeeping(view: &View<'_>) -> Option<Decision> {
     purge(view).or_else(|| is_clean_up_due(view).then_some(Decision::Act(Action::CleanUp)))
+}
+
+/// After a reboot the way in serves what was proved last, and what served without proof is not there. Moving traffic back to
+/// that would take down what works.
+fn proved_serves(view: &View<'_>, serving: &Deployment, seen: &Observation) -> Option<Event> {
+    let running = view.record.running.as_ref().filter(|r| seen.traffic.revision.as_ref() == Some(&r.revision))?;
+    let runs = |d: &Deployment| {
+        seen.revisions.get(&d.revision).is_some_and(RevisionSeen::runs) && fit_to_serve(seen, d) == Fit::Up
+    };
+    let is_gone = !runs(serving) && runs(running);
+    is_gone.then(|| Event::ProvedServes {
+        why: format!("{} no longer runs, and the way in leads to {} again", serving.version, running.version),
+    })
 }
 
 /// What a failed job left in the registry is removed at once; what could not be is tried again daily, and after each failure.

@@ -29,6 +29,33 @@ fn traffic_that_a_late_effect_moved_is_put_right_at_rest() {
     }
 }
 
+/// Found by the simulation: a reboot inside a confirm window, and a flip back that was given up.
+#[test]
+fn what_was_proved_keeps_the_traffic_that_a_reboot_gave_it() {
+    let mut record = record_in(State::RollbackFailed, Mode::BlueGreen);
+    (record.serving, record.generation) = (Some(new()), 6);
+    let rebooted = |serving: &[(&str, bool)], proved: &[(&str, bool)]| {
+        let scene = scene(record.clone()).with(&old(), proved, true).with(&new(), serving, false);
+        scene.traffic(&old(), 5).decide()
+    };
+    const DOWN: &[(&str, bool)] = &[("app", false), ("worker", false)];
+    let Decision::Record(event @ Event::ProvedServes { .. }) = rebooted(DOWN, NO_WORKER) else {
+        panic!("{:?}", rebooted(DOWN, NO_WORKER))
+    };
+    let after = apply(&record, &event, Millis(0)).unwrap();
+    assert_eq!(after.record.serving, record.running);
+    assert_eq!(after.record.phase, record.phase, "an operator still decides");
+    // While what serves is there, traffic that went elsewhere goes back to it; a restart of the way in then finds what was proved.
+    match rebooted(NO_WORKER, NO_WORKER) {
+        Decision::Act(Action::Change { change: Change::Shift { to, fallback, .. }, .. }) => {
+            assert_eq!((to.revision, fallback.map(|d| d.revision)), (new().revision, Some(old().revision)));
+        }
+        other => panic!("{other:?}"),
+    }
+    // Nothing is there to serve: nothing is declared.
+    assert!(!matches!(rebooted(DOWN, DOWN), Decision::Record(Event::ProvedServes { .. })));
+}
+
 #[test]
 fn a_held_failure_is_left_as_it_stands() {
     let stray = deployment("job-8", 7);

@@ -10,7 +10,7 @@ use replank_core::phase::*;
 use replank_core::policy::Policy;
 use replank_core::ports::*;
 use replank_core::record::*;
-use replank_core::transition::apply;
+use replank_core::transition::{apply, apply_as};
 use replank_core::words::*;
 
 use crate::support;
@@ -60,7 +60,8 @@ fn local(config: &Config, world: &mut World, record: &Record, action: &Action) -
             world.protected = true;
             // What a new release's Replank reads is asked before it has a revision's name.
             let as_named = RevisionId::new(format!("v0-{minor}-0-new")).unwrap();
-            let told = Some(reads(config, &as_named)).filter(|_| config.mutant != Some(Mutant::TakesAnyReader));
+            let any = config.mutant == Some(Mutant::TakesAnyReader);
+            let told = Some(if any { FORMAT + 1 } else { reads(config, &as_named) });
             Outcome::Prepared(Box::new(Prepared { plan: plan(config), escape_hatch: vec![], reads_format: told }))
         }
         Action::CleanUp => Outcome::CleanedUp,
@@ -348,13 +349,9 @@ pub fn loses_answer(config: &Config, world: &mut World, id: &RevisionId, taken: 
     }
 }
 
-/// What a newer Replank may write once nobody who is needed would be shut out by it.
-fn raised(config: &Config, record: &mut Record, writer: Option<&RevisionId>) {
-    let newer = config.formats != Formats::One && writer.is_some_and(|id| reads(config, id) > FORMAT);
-    let all_read = needed(record).all(|id| reads(config, id) > FORMAT);
-    if newer && (all_read || config.mutant == Some(Mutant::RaisesAtOnce)) {
-        (record.format, record.min_reader) = (FORMAT + 1, FORMAT + 1);
-    }
+/// The format that a writer's build reads; in a world of one format there is no other.
+fn reads_of(config: &Config, writer: Option<&RevisionId>) -> u32 {
+    writer.filter(|_| config.formats != Formats::One).map_or(FORMAT, |id| reads(config, id))
 }
 
 /// `writer`: none for an operator's request, which whichever controller answers records.
@@ -370,7 +367,8 @@ fn commit(config: &Config, world: &mut World, writer: Option<&RevisionId>, event
         *way_back = WayBack::FirstDeployment;
     }
     let forged = forged(config, base, &event);
-    let Ok(commit) = apply(&forged, &event, Millis(0)) else {
+    let writer_reads = reads_of(config, writer);
+    let Ok(commit) = apply_as(&forged, &event, Millis(0), writer_reads) else {
         return;
     };
     let (mut record, mut lines) = (commit.record, commit.lines);
@@ -383,7 +381,9 @@ fn commit(config: &Config, world: &mut World, writer: Option<&RevisionId>, event
         world.broken |= broken::AUDIT_LOST;
     }
     record.history = Head::default();
-    raised(config, &mut record, writer);
+    if config.mutant == Some(Mutant::RaisesAtOnce) {
+        (record.format, record.min_reader) = (writer_reads.max(record.format), writer_reads.max(record.min_reader));
+    }
     if needed(&record).any(|id| !is_readable(config, &record, id)) {
         world.broken |= broken::SHUT_OUT;
     }

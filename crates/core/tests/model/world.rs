@@ -90,7 +90,7 @@ pub enum Mutant {
     ReadsBlindly,
     /// A newer Replank writes its own format at once.
     RaisesAtOnce,
-    /// Nobody asks what the new release's Replank reads.
+    /// Every new release's Replank is taken to read everything.
     TakesAnyReader,
     /// A commit whose answer was lost is made again without loading the record.
     CommitsAgain,

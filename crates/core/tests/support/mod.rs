@@ -69,6 +69,7 @@ pub fn deployment(id: &str, minor: u64) -> Deployment {
         commit: sha(digit),
         images: images(digit),
         plan: plan(),
+        reads_format: None,
     }
 }
 

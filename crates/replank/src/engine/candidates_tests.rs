@@ -36,6 +36,7 @@ fn record(running: Option<&str>) -> Record {
         commit: sha('1'),
         images: Images::new(),
         plan: Plan::default(),
+        reads_format: None,
     });
     record
 }

@@ -10,7 +10,7 @@ use replank_core::history::Line;
 use replank_core::image::ImageId;
 use replank_core::ports::{EscapeHatch, LedgerError, LogId};
 use replank_core::record::{Actor, Job, Latest, Record};
-use replank_core::transition::{Refused, apply};
+use replank_core::transition::{Refused, apply_as, readable_to};
 use replank_core::words::{ComponentName, IdempotencyKey, JobId, Millis, Nonce};
 use tokio::sync::watch;
 
@@ -62,7 +62,7 @@ impl LocalEngine {
                 Ok(event) => event,
                 Err(record) => return Ok(record),
             };
-            let commit = apply(&record, &event, self.ports.clock.now()).map_err(refusal)?;
+            let commit = apply_as(&record, &event, self.ports.clock.now(), self.setup.reads_format).map_err(refusal)?;
             match self.ports.ledger.commit(Some(&etag), &commit.record, &commit.lines).await {
                 Ok(_) => {
                     if commit.record.phase.state() != record.phase.state() {
@@ -286,7 +286,7 @@ impl Engine for LocalEngine {
         let record = self.record().await?;
         let event = Event::RollbackStarted { actor: actor.clone(), reason: reason.to_owned() };
         // Refused by the state before the images are looked at, so that the reason given is the first one.
-        apply(&record, &event, self.ports.clock.now()).map_err(refusal)?;
+        apply_as(&record, &event, self.ports.clock.now(), self.setup.reads_format).map_err(refusal)?;
         let preflight = self.preflight().await?;
         if !preflight.available {
             return Err(Refusal::Conflict(preflight.reason));
@@ -318,6 +318,9 @@ impl Engine for LocalEngine {
         let Some(swap) = replank_core::transition::reverse_of(&record) else {
             return Ok(none("there is no snapshot to roll back to"));
         };
+        if let Err(refused) = readable_to(&record, &swap.to) {
+            return Ok(none(&refused.to_string()));
+        }
         let images = futures_util::future::join_all(swap.to.images.values().map(|image| self.find(image))).await;
         let those = |which: fn(&PreflightImage) -> bool| -> Vec<&str> {
             images.iter().filter(|image| which(image)).map(|image| image.image_ref.as_str()).collect()

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use replank_core::decide::{Action, Ended, Outcome, Prepared, TaskId};
 use replank_core::fault::Fault;
@@ -45,10 +46,10 @@ impl Executor {
     /// Runs an action beside the loop. Aborting the handle drops the work.
     pub(super) fn spawn(self: Arc<Self>, record: Record, task: TaskId, action: Action, tries: u32) -> JoinHandle<()> {
         tokio::spawn(async move {
-            let from = self.ports.clock.now();
+            let (record, from) = (Arc::new(record), self.ports.clock.now());
             let inner = {
                 let (this, record) = (self.clone(), record.clone());
-                tokio::spawn(async move { this.carry_out(&record, action).await })
+                tokio::spawn(async move { this.carry_out_in_time(&record, action).await })
             };
             let result = match AbortOnDropHandle::new(inner).await {
                 Ok(result) => result,
@@ -69,6 +70,24 @@ impl Executor {
             if self.results.send((task, ended)).await.is_err() {
                 tracing::debug!("a result came after the loop had ended");
             }
+        })
+    }
+
+    /// An engine that never answers must not keep everything else from being done. What the phases' budgets end needs no limit
+    /// of its own.
+    async fn carry_out_in_time(&self, record: &Record, action: Action) -> Result<Outcome, Fault> {
+        let is_limited = match &action {
+            Action::Change { .. } | Action::CleanUp | Action::Purge => true,
+            Action::Fetch | Action::Build { .. } | Action::Prepare => false,
+        };
+        let work = self.carry_out(record, action);
+        if !is_limited {
+            return work.await;
+        }
+        let limit = Duration::from_millis(self.setup.policy.change);
+        tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
+            let what = format!("there was no answer within {} s", limit.as_secs());
+            Err(Fault::indeterminate(what).advice("look at the engine and at its log"))
         })
     }
 

@@ -7,10 +7,10 @@ use std::time::Duration;
 use replank_core::decide::{Action, Decision, Ended, Streaks, TaskId, Tasks, View, ask, decide};
 use replank_core::event::Event;
 use replank_core::fault::Class;
-use replank_core::phase::{Confirming, Phase, State};
+use replank_core::phase::{Confirming, OpState, Phase, State};
 use replank_core::ports::{LedgerError, Observation, Presence};
 use replank_core::record::Record;
-use replank_core::transition::apply;
+use replank_core::transition::apply_as;
 use replank_core::words::Millis;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -107,6 +107,8 @@ impl Reconciler {
             }
             let shared = self.shared.clone();
             tokio::select! {
+                // In this order, so that a run under virtual time can be played again.
+                biased;
                 () = shared.wake.notified() => return,
                 Some((task, ended)) = self.results.recv() => {
                     self.took(task, ended);
@@ -115,8 +117,8 @@ impl Reconciler {
                 () = tokio::time::sleep(left.min(POLL_EVERY)) => {}
             }
             self.shared.turned(self.ports.clock.now());
-            match self.ports.ledger.load().await {
-                Ok(Some((_, etag))) if Some(&etag) == self.seen_etag.as_ref() => {}
+            match self.ports.ledger.version().await {
+                Ok(Some(etag)) if Some(&etag) == self.seen_etag.as_ref() => {}
                 Ok(_) | Err(_) => return,
             }
         }
@@ -165,7 +167,7 @@ impl Reconciler {
             if resumed { Decision::Record(Event::TookOver { by: self.setup.me.clone() }) } else { decide(&view) };
         match decision {
             Decision::Record(event) => {
-                let commit = match apply(&record, &event, now) {
+                let commit = match apply_as(&record, &event, now, self.setup.reads_format) {
                     Ok(commit) => commit,
                     Err(refused) => {
                         // A decision that the transitions refuse is a defect; it must not spin.
@@ -301,8 +303,15 @@ fn is_wanted(task: &TaskId, record: &Record) -> bool {
         state == State::Patching
     } else if step == "halt-stray" {
         true
-    } else if let Some((_, revision)) = step.split_once(':') {
-        state.in_flight() && record.phase.active_swap().is_some_and(|swap| swap.to.revision.as_str() == revision)
+    } else if let Some((op, revision)) = step.split_once(':') {
+        // An operation that was observed is over, whether its call has come back or not: one that never does would keep
+        // everything after it from being done.
+        state.in_flight()
+            && record.phase.active_swap().is_some_and(|swap| {
+                let is_over = |state: &OpState| state.observed_at.is_some();
+                swap.to.revision.as_str() == revision
+                    && !swap.ops.iter().any(|(known, state)| known.name() == op && is_over(state))
+            })
     } else {
         !state.in_flight()
     }
@@ -313,7 +322,7 @@ async fn beat(ports: Ports, setup: Arc<Setup>) {
         let presence = Presence {
             controller: setup.me.clone(),
             instance: setup.instance.clone(),
-            reads_format: replank_core::format::FORMAT,
+            reads_format: setup.reads_format,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             at: ports.clock.now(),
         };

@@ -58,6 +58,8 @@ pub struct Setup {
     /// Values that must never show, for the masks of logs and errors.
     pub secrets: Vec<String>,
     pub recipes: Arc<dyn Recipes>,
+    /// The highest record format that this build reads and writes: always the same, but in the simulation of two builds.
+    pub reads_format: u32,
 }
 
 /// What commands and loop of one process share. Signals only wake; everything is read again from the ledger.

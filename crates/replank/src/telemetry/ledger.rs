@@ -55,6 +55,10 @@ impl Ledger for Watched {
         Ok(found)
     }
 
+    async fn version(&self) -> Result<Option<Etag>, LedgerError> {
+        self.inner.version().await
+    }
+
     async fn commit(&self, expected: Option<&Etag>, record: &Record, lines: &[Line]) -> Result<Etag, LedgerError> {
         let begun = Instant::now();
         let result = self.inner.commit(expected, record, lines).await;

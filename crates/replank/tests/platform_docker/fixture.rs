@@ -171,6 +171,7 @@ impl App {
             commit: CommitSha::new("1".repeat(40)).expect("commit"),
             images: self.images(version),
             plan,
+            reads_format: None,
         }
     }
 

@@ -40,6 +40,7 @@ pub fn deployment(version: &str, digit: char) -> Deployment {
         commit: CommitSha::new(SHA).unwrap(),
         images: Images::from([(name("api"), image("api", digit))]),
         plan: Plan::default(),
+        reads_format: None,
     }
 }
 
