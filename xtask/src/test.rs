@@ -64,10 +64,11 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         step("simulated upgrades", tied(&sim::command(&build, &options)))?;
     }
     let replank = build.program(crate::build::Profile::Dev);
-    if !options.only_tests {
-        api::step(&replank)?;
-    }
     let world = World::start(replank, sample::FULL_UNITS)?;
+    // From here on signals clean up.
+    if !options.only_tests && options.runner.is_empty() {
+        api::step(&world.replank)?;
+    }
 
     let has_nextest = process::run(Command::new("cargo").args(["nextest", "--version"])).is_ok();
     let runner = if has_nextest {
