@@ -23,12 +23,12 @@ use replank_core::policy::Policy;
 use replank_core::record::OnRolloutFailure;
 use replank_core::words::{AppName, ComponentName, ContainerName, InstallationId};
 use replank_exec::outbound::Reach;
+use url::Url;
 
 use env::Environment;
+pub use outward::WebhookEvent;
 pub use raw::Builder;
 use reader::{Document, Problem, TEXT_MAX};
-
-use crate::webhooks::Event;
 
 /// The file's usual name.
 pub const FILE: &str = "replank.toml";
@@ -154,10 +154,10 @@ pub struct TelemetrySettings {
 
 #[derive(Debug, Clone)]
 pub struct WebhookSettings {
-    pub url: reqwest::Url,
+    pub url: Url,
     pub secret: SecretSource,
     /// Never empty.
-    pub events: BTreeSet<Event>,
+    pub events: BTreeSet<WebhookEvent>,
     pub reach: Reach,
 }
 

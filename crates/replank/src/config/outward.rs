@@ -5,11 +5,11 @@ use std::path::PathBuf;
 
 use replank_adapters::platform::docker::config::SecretSource;
 use replank_exec::outbound::{Reach, admit, admit_name};
-use reqwest::Url;
+use serde::Deserialize;
+use url::Url;
 
 use super::reader::Document;
 use super::{TelemetrySettings, WebhookSettings, raw};
-use crate::webhooks::Event;
 
 /// Each has a task and a connection of its own.
 const WEBHOOKS_MAX: usize = 16;
@@ -17,9 +17,52 @@ const WEBHOOKS_MAX: usize = 16;
 /// Where a collector takes traces, below the address that people know it by.
 const TRACES_PATH: &str = "/v1/traces";
 
+/// What a hook can be told of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WebhookEvent {
+    Succeeded,
+    FailedPre,
+    FailedRollout,
+    RolledBack,
+    RollbackFailed,
+    /// A rollout failed and stays as it stands: a person decides.
+    Held,
+    /// The confirm window ends soon, and then the new version stays.
+    ConfirmWindowClosing,
+    /// The snapshot's time is over, or it can no longer be restored.
+    WayBackLost,
+}
+
+impl WebhookEvent {
+    pub const ALL: [WebhookEvent; 8] = [
+        Self::Succeeded,
+        Self::FailedPre,
+        Self::FailedRollout,
+        Self::RolledBack,
+        Self::RollbackFailed,
+        Self::Held,
+        Self::ConfirmWindowClosing,
+        Self::WayBackLost,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Succeeded => "succeeded",
+            Self::FailedPre => "failed_pre",
+            Self::FailedRollout => "failed_rollout",
+            Self::RolledBack => "rolled_back",
+            Self::RollbackFailed => "rollback_failed",
+            Self::Held => "held",
+            Self::ConfirmWindowClosing => "confirm_window_closing",
+            Self::WayBackLost => "way_back_lost",
+        }
+    }
+}
+
 pub(super) fn telemetry(doc: &Document, raw: raw::Telemetry) -> TelemetrySettings {
     let endpoint = raw.otlp_endpoint.map(|endpoint| {
-        let url = reqwest::Url::parse(&endpoint).ok();
+        let url = Url::parse(&endpoint).ok();
         let is_plain = url.is_some_and(|url| {
             matches!(url.scheme(), "http" | "https")
                 && url.has_host()
@@ -73,7 +116,7 @@ pub(super) fn webhooks(
                 None
             }
         };
-        let events = hook.events.unwrap_or_else(|| Event::ALL.to_vec());
+        let events = hook.events.unwrap_or_else(|| WebhookEvent::ALL.to_vec());
         if events.is_empty() {
             wrong("it is told nothing", "name some events, or leave `events` out");
         }

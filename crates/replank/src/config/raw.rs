@@ -9,7 +9,7 @@ use replank_core::record::OnRolloutFailure;
 use replank_core::words::{AppName, ComponentName, ContainerName};
 use serde::Deserialize;
 
-use crate::webhooks::Event;
+use super::outward::WebhookEvent;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -191,7 +191,7 @@ pub struct Webhook {
     pub url: String,
     pub secret_file: Option<PathBuf>,
     pub secret_env: Option<String>,
-    pub events: Option<Vec<Event>>,
+    pub events: Option<Vec<WebhookEvent>>,
     #[serde(default)]
     pub allow_loopback: bool,
     #[serde(default)]

@@ -16,10 +16,10 @@ use replank_core::ports::{Clock, Cursor, Cursors, Ledger, LedgerError};
 use replank_core::record::{ControllerId, Record};
 use replank_core::words::{Digest, Millis};
 use replank_exec::outbound::{Reach, Resolver};
-use serde::Deserialize;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+pub use crate::config::WebhookEvent as Event;
 use crate::engine::api::Live;
 use message::Message;
 use send::Outcome;
@@ -30,53 +30,10 @@ const PAGE: usize = 100;
 /// A burst of changes is looked at once.
 const SETTLE: Duration = Duration::from_millis(200);
 
-/// What a hook can be told of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Event {
-    Succeeded,
-    FailedPre,
-    FailedRollout,
-    RolledBack,
-    RollbackFailed,
-    /// A rollout failed and stays as it stands: a person decides.
-    Held,
-    /// The confirm window ends soon, and then the new version stays.
-    ConfirmWindowClosing,
-    /// The snapshot's time is over, or it can no longer be restored.
-    WayBackLost,
-}
-
-impl Event {
-    pub const ALL: [Event; 8] = [
-        Self::Succeeded,
-        Self::FailedPre,
-        Self::FailedRollout,
-        Self::RolledBack,
-        Self::RollbackFailed,
-        Self::Held,
-        Self::ConfirmWindowClosing,
-        Self::WayBackLost,
-    ];
-
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Succeeded => "succeeded",
-            Self::FailedPre => "failed_pre",
-            Self::FailedRollout => "failed_rollout",
-            Self::RolledBack => "rolled_back",
-            Self::RollbackFailed => "rollback_failed",
-            Self::Held => "held",
-            Self::ConfirmWindowClosing => "confirm_window_closing",
-            Self::WayBackLost => "way_back_lost",
-        }
-    }
-}
-
 /// One configured receiver.
 #[derive(Debug, Clone)]
 pub struct Hook {
-    pub url: reqwest::Url,
+    pub url: url::Url,
     pub secret: Secret,
     pub events: BTreeSet<Event>,
     pub reach: Reach,
