@@ -191,6 +191,8 @@ fn log_misfit(record: &Record, log: &LogSeen) -> Option<Misfit> {
     let component = log.id.component.to_string();
     let bad = |why: String| Some(Misfit::Log { component: component.clone(), why });
     let job = record.job.as_ref().filter(|job| job.id == log.id.job)?;
+    let is_data_step = job.data.keys().any(|name| name.as_str() == component);
+    let step = if is_data_step { format!("data-{component}") } else { build_step(&log.id.component) };
     let Some(body) = log.bytes.strip_suffix(b"\n") else { return bad("its last line has no end".to_owned()) };
     let mut last = 0;
     for (number, line) in body.split(|byte| *byte == b'\n').enumerate() {
@@ -205,7 +207,7 @@ fn log_misfit(record: &Record, log: &LogSeen) -> Option<Misfit> {
             None => {}
             Some((attempt, _)) if attempt < last => return bad(format!("attempt {attempt} comes after {last}")),
             Some((attempt, key)) => {
-                if key != job.key(&build_step(&log.id.component), attempt).as_str() {
+                if key != job.key(&step, attempt).as_str() {
                     return bad(format!("attempt {attempt} has a key that is not this job's"));
                 }
                 last = attempt;
@@ -284,6 +286,10 @@ impl Story {
                 At::Before { job: current } if *current == job => {
                     self.at = At::Swap { job, confirming: false, ops: Ops::new() };
                 }
+                _ => return wrong(),
+            },
+            "data_step_intended" | "data_step_done" => match &self.at {
+                At::Swap { ops, .. } if ops.is_empty() => {}
                 _ => return wrong(),
             },
             "landed" | "converged" => match &self.at {

@@ -6,7 +6,7 @@ use crate::fault::Told;
 use crate::phase::{Built, Fetched, Op, WayBack};
 use crate::ports::Role;
 use crate::record::{Actor, ControllerId, Deployment, Job, Latest};
-use crate::words::{ComponentName, Millis, OpKey};
+use crate::words::{ComponentName, ContainerName, Millis, OpKey};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -27,6 +27,9 @@ pub enum Event {
     RollbackStarted {
         actor: Actor,
         reason: String,
+        /// The data are those of the version that is restored, by the operator's word.
+        #[serde(default)]
+        data_restored: bool,
     },
     Cancelled {
         actor: Actor,
@@ -80,6 +83,13 @@ pub enum Event {
         to: Box<Deployment>,
         way_back: WayBack,
         escape_hatch: Vec<String>,
+    },
+    /// A data step is about to be run, for the only time.
+    StepIntended {
+        step: ContainerName,
+    },
+    StepDone {
+        step: ContainerName,
     },
     /// An operation is about to be done; again, when its attempt is above one.
     OpIntended {
@@ -141,6 +151,8 @@ impl Event {
             Self::BuildDone { .. } => "built",
             Self::BuildsComplete => "builds_complete",
             Self::Prepared { .. } => "escape_hatch",
+            Self::StepIntended { .. } => "data_step_intended",
+            Self::StepDone { .. } => "data_step_done",
             Self::OpIntended { .. } => "intended",
             Self::OpObserved { .. } => "observed",
             Self::Landed => "landed",

@@ -5,7 +5,9 @@
 //! through which a shell does it. It performs no I/O, reads no clock and draws no randomness, so that every
 //! decision can be replayed.
 
+mod aftermath;
 pub mod check;
+pub mod data;
 pub mod decide;
 pub mod event;
 pub mod fault;

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
+use crate::data::DataStep;
 use crate::fault::Fault;
 use crate::history::Line;
 use crate::image::{ImageId, Images};
@@ -501,6 +502,17 @@ pub trait Platform: Send + Sync + fmt::Debug {
     async fn plan(&self, fetched: &Fetched, images: &Images, version: &Version) -> Result<Plan, Fault>;
     async fn observe(&self, ask: &Ask) -> Result<Observation, Fault>;
     async fn change(&self, change: &Change) -> Result<(), Fault>;
+    /// Runs a data step of `deployment` in a container of its own and waits for its end, at most until `until`: it is ended then,
+    /// and the fault is permanent. Called again with the same key it waits for the same container, or reads how that has
+    /// ended; nothing is run a second time. Answers the exit code.
+    async fn run_step(
+        &self,
+        deployment: &Deployment,
+        step: &DataStep,
+        key: &OpKey,
+        until: Millis,
+        log: &dyn Log,
+    ) -> Result<i64, Fault>;
     /// Commands that restore `to` while `from` runs; no secret in them.
     fn escape_hatch(&self, to: &Deployment, from: Option<&Deployment>, generation: u64) -> EscapeHatch;
 }

@@ -5,6 +5,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::data::{DataPlan, StepState};
 use crate::image::{ImageId, Images};
 use crate::phase::{BuiltOnly, Mode, Phase};
 use crate::words::{
@@ -67,6 +68,9 @@ pub struct Plan {
     pub containers: BTreeMap<ContainerName, ContainerPlan>,
     #[serde(default)]
     pub spec: serde_json::Value,
+    /// What happens to the data.
+    #[serde(default, skip_serializing_if = "DataPlan::is_default")]
+    pub data: DataPlan,
 }
 
 impl Plan {
@@ -115,6 +119,9 @@ pub struct Snapshot {
     pub keep_until: Millis,
     /// When the images were last seen present.
     pub proved_at: Millis,
+    /// Why the data keep it from being restored by anybody but a person who has restored them first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub closed: Option<String>,
     #[serde(flatten)]
     pub extra: BTreeMap<String, serde_json::Value>,
 }
@@ -181,6 +188,12 @@ pub struct Job {
     /// What an earlier build-only job made of the same commit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reuse: Option<BuiltOnly>,
+    /// Whoever started it knows that the way back may close.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub accept_one_way: bool,
+    /// Data steps that were begun.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub data: BTreeMap<ContainerName, StepState>,
     #[serde(flatten)]
     pub extra: BTreeMap<String, serde_json::Value>,
 }

@@ -274,7 +274,8 @@ fn cut_over(view: &View<'_>, swap: &Swap, seen: &Observation) -> Option<Step> {
     // It was there and is no longer: after a reboot the proxy serves what was proved last. Inside the confirm window that is
     // a reason to flip back; elsewhere it is moved again, under a generation of its own.
     let flips = matches!(view.record.phase, Phase::Confirming(Confirming { flip: None, .. }))
-        && matches!(swap.way_back, WayBack::Snapshot(_));
+        && matches!(swap.way_back, WayBack::Snapshot(_))
+        && crate::data::closed(swap, view.record.job.as_ref()).is_none();
     if !there && !flips && swap.is_observed(Op::CutOver) {
         return Some(Step::Record(Event::OpIntended { op: Op::CutOver }));
     }

@@ -4,7 +4,8 @@
 
 use serde_json::json;
 
-use crate::decide::build_step;
+use crate::aftermath::{new_head, new_release, orphans_of, quarantine, reusable};
+use crate::data::{StepState, closed, closed_for};
 use crate::event::Event;
 use crate::fault::Told;
 use crate::history::{Audit, Line, seal};
@@ -12,8 +13,8 @@ use crate::image::attempt_tag;
 use crate::phase::{
     Build, Building, BuiltOnly, Confirming, Flip, Mode, Op, OpState, Patching, Phase, RollingBack, State, Swap, WayBack,
 };
-use crate::record::{Deployment, Driver, Job, Latest, ORPHANS_MAX, OnRolloutFailure, Orphan, Quarantined, Record};
-use crate::words::{CommitSha, ComponentName, Millis, Version};
+use crate::record::{Deployment, Driver, Job, ORPHANS_MAX, OnRolloutFailure, Orphan, Record};
+use crate::words::{CommitSha, Millis, Version};
 
 /// Why an event cannot happen now.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -24,6 +25,8 @@ pub enum Refused {
     InFlight { from: State },
     #[error("there is no snapshot to roll back to")]
     NoSnapshot,
+    #[error("{why}: restore the data first, then roll back and say that they are restored")]
+    Closed { why: String },
     #[error(
         "the controller of {version} reads record format {reads}, and this record needs {needs}: it could not take the wheel; \
          start a newer release, or restore that version by hand (escape hatch)"
@@ -60,7 +63,7 @@ pub fn next(record: &Record, event: &Event, now: Millis) -> Result<Phase, Refuse
         | Event::RefsSeen { .. }
         | Event::TookOver { .. }
         | Event::HandedOver { .. } => Ok(phase),
-        Event::RollbackStarted { reason, .. } => {
+        Event::RollbackStarted { reason, data_restored, .. } => {
             let swap = reverse_of(record).ok_or(match from {
                 State::RollingOut
                 | State::Validating
@@ -78,6 +81,9 @@ pub fn next(record: &Record, event: &Event, now: Millis) -> Result<Phase, Refuse
                 | State::RolledBack => wrong(),
             })?;
             readable_to(record, &swap.to)?;
+            if let Some(why) = closed_for(record).filter(|_| !data_restored) {
+                return Err(Refused::Closed { why });
+            }
             Ok(Phase::RollingBack(RollingBack { swap, reason: reason.clone() }))
         }
         Event::Cancelled { reason, .. } if from.before_swap() => Ok(Phase::FailedPre {
@@ -170,6 +176,24 @@ pub fn next(record: &Record, event: &Event, now: Millis) -> Result<Phase, Refuse
             }
             _ => Err(wrong()),
         },
+        Event::StepIntended { step } => match phase {
+            Phase::RollingOut(swap) => {
+                let planned = swap.to.plan.data.steps.iter().any(|planned| planned.name == *step);
+                let begun = record.job.as_ref().is_none_or(|job| job.data.contains_key(step));
+                match (planned, begun, swap.ops.is_empty()) {
+                    (true, false, true) => Ok(Phase::RollingOut(swap)),
+                    (true, false, false) => Err(odd("the platform was changed before the data step")),
+                    (true, true, _) => Err(odd("the data step was begun already, and is run once")),
+                    (false, ..) => Err(odd("the release has no such data step")),
+                }
+            }
+            _ => Err(wrong()),
+        },
+        Event::StepDone { step } => match (&phase, record.job.as_ref().and_then(|job| job.data.get(step))) {
+            (Phase::RollingOut(_), Some(state)) if state.ended_at.is_none() => Ok(phase),
+            (Phase::RollingOut(_), _) => Err(odd("the data step was never begun, or has ended already")),
+            _ => Err(wrong()),
+        },
         Event::OpIntended { op } => {
             let mut phase = phase;
             let generation = if moves_traffic(*op) { record.generation + 1 } else { 0 };
@@ -217,6 +241,9 @@ pub fn next(record: &Record, event: &Event, now: Millis) -> Result<Phase, Refuse
                     WayBack::Snapshot(s) => s.deployment.clone(),
                     WayBack::FirstDeployment => return Err(Refused::NoSnapshot),
                 };
+                if let Some(why) = closed(&swap, record.job.as_ref()) {
+                    return Err(Refused::Closed { why });
+                }
                 let back = Swap::new(Some(swap.to.clone()), to, swap.mode, swap.way_back.clone());
                 let flip = Some(Flip { swap: back, why: why.clone(), since: now });
                 Ok(Phase::Confirming(Confirming { swap, deadline, flip }))
@@ -391,8 +418,11 @@ pub fn apply_as(record: &Record, event: &Event, now: Millis, reads: u32) -> Resu
             let reuse = reusable(record).filter(|made| made.commit == job.target.commit);
             new.job = Some(Job { reuse: reuse.cloned(), ..(**job).clone() });
         }
-        Event::RollbackStarted { actor, reason } => {
+        Event::RollbackStarted { actor, reason, data_restored } => {
             audit = audit.with("actor", json!(actor)).with("reason", reason.clone());
+            if *data_restored {
+                audit = audit.with("data_restored", true);
+            }
             if let Some(swap) = new.phase.swap() {
                 audit = audit.with("to_version", swap.to.version.to_string());
             }
@@ -451,6 +481,13 @@ pub fn apply_as(record: &Record, event: &Event, now: Millis, reads: u32) -> Resu
                 WayBack::FirstDeployment => None,
             };
             audit = audit.with("revision", to.revision.as_str()).with("commands", json!(escape_hatch));
+        }
+        Event::StepIntended { step } | Event::StepDone { step } => {
+            audit = audit.with("step", step.as_str());
+            if let Some(job) = &mut new.job {
+                let state = job.data.entry(step.clone()).or_insert(StepState { intended_at: now, ended_at: None });
+                state.ended_at = matches!(event, Event::StepDone { .. }).then_some(now);
+            }
         }
         Event::OpIntended { op } | Event::OpObserved { op } => {
             audit = audit.with("op", op.name());
@@ -541,6 +578,13 @@ pub fn apply_as(record: &Record, event: &Event, now: Millis, reads: u32) -> Resu
         let most = new.orphans.len().saturating_sub(ORPHANS_MAX);
         new.orphans.drain(..most);
     }
+    // From the moment on that the data may have changed: whoever asks later has no swap to ask.
+    let in_swap = matches!(record.phase, Phase::RollingOut(_) | Phase::Validating(_) | Phase::Confirming(_));
+    if let Some(why) = record.phase.swap().filter(|_| in_swap).and_then(|swap| closed(swap, record.job.as_ref()))
+        && let Some(snapshot) = &mut new.snapshot
+    {
+        snapshot.closed = Some(why);
+    }
     let level = crate::format::level(&new, reads);
     (new.format, new.min_reader) = (new.format.max(level), level);
     // A look at the remote that found nothing new to start is no event: the history would drown in them.
@@ -550,97 +594,4 @@ pub fn apply_as(record: &Record, event: &Event, now: Millis, reads: u32) -> Resu
     let (lines, head) = seal(&record.history, events);
     new.history = head;
     Ok(Commit { record: new, lines })
-}
-
-/// The release of a look at the remote, where it is newer than what runs and than every one that was recorded before.
-fn new_release<'a>(record: &Record, latest: &'a Latest) -> Option<&'a (Version, CommitSha)> {
-    let found = latest.release.as_ref().filter(|(version, _)| record.is_behind(version, latest.own.as_ref()))?;
-    let known = record.latest.release.as_ref().is_some_and(|(known, _)| known.base() >= found.0.base());
-    (!known).then_some(found)
-}
-
-/// The head of the tracking branch, where it can be started and was not recorded before (contract §1, commit channel).
-fn new_head<'a>(record: &Record, latest: &'a Latest) -> Option<&'a CommitSha> {
-    let head = latest.branch_head.as_ref().filter(|head| record.latest.branch_head.as_ref() != Some(head))?;
-    let is_other = match &record.running {
-        Some(running) => running.commit != *head,
-        None => latest.own.is_some(),
-    };
-    let startable = record.track_commits && is_other;
-    startable.then_some(head)
-}
-
-/// Marks the commit that was left, or that failed, so that the next click does not install it again.
-fn quarantine(new: &mut Record, record: &Record, reason: &str, now: Millis) {
-    let left = match &record.phase {
-        // Leaving a revision: what it ran is what is bad.
-        Phase::RollingBack(back) => back.swap.from.as_ref(),
-        other => other.swap().map(|swap| &swap.to),
-    };
-    let Some(bad) = left else { return };
-    // What runs now is never quarantined, so that a failed rollback does not condemn the version it returns to.
-    if new.running.as_ref().is_some_and(|running| running.commit == bad.commit) {
-        return;
-    }
-    let entry =
-        Quarantined { version: bad.version.clone(), reason: reason.to_owned(), at: now, images: bad.images.clone() };
-    new.quarantine.insert(bad.commit.clone(), entry);
-}
-
-/// What the next job of the same commit need not build again: a build-only job's images, which a job that failed in between
-/// does not use up.
-fn reusable(record: &Record) -> Option<&BuiltOnly> {
-    match &record.phase {
-        Phase::Succeeded { built_only: Some(made) } => Some(made),
-        Phase::FailedPre { .. } => record.job.as_ref()?.reuse.as_ref(),
-        Phase::Idle
-        | Phase::Queued
-        | Phase::Fetching
-        | Phase::Building(_)
-        | Phase::Patching(_)
-        | Phase::RollingOut(_)
-        | Phase::Validating(_)
-        | Phase::Confirming(_)
-        | Phase::Succeeded { built_only: None }
-        | Phase::FailedRollout { .. }
-        | Phase::RollingBack(_)
-        | Phase::RolledBack { .. }
-        | Phase::RollbackFailed { .. } => None,
-    }
-}
-
-/// What a job that fails now has pushed, or may still push, and nobody will find by its label.
-fn orphans_of(record: &Record, now: Millis) -> Vec<Orphan> {
-    let Some(job) = &record.job else { return Vec::new() };
-    let (fetched, attempts): (_, Vec<(&ComponentName, u32, bool)>) = match &record.phase {
-        Phase::Building(b) => {
-            let begun = b.builds.iter().map(|(name, build)| (name, build.attempt, build.built.is_some()));
-            (&b.fetched, begun.collect())
-        }
-        Phase::Patching(p) => (&p.fetched, p.attempts.iter().map(|(name, attempt)| (name, *attempt, true)).collect()),
-        Phase::Idle
-        | Phase::Queued
-        | Phase::Fetching
-        | Phase::RollingOut(_)
-        | Phase::Validating(_)
-        | Phase::Confirming(_)
-        | Phase::Succeeded { .. }
-        | Phase::FailedPre { .. }
-        | Phase::FailedRollout { .. }
-        | Phase::RollingBack(_)
-        | Phase::RolledBack { .. }
-        | Phase::RollbackFailed { .. } => return Vec::new(),
-    };
-    let one = |(name, attempt, seen): (&ComponentName, u32, bool)| {
-        let recipe = fetched.recipes.get(name).filter(|recipe| recipe.unlabelled)?;
-        Some(Orphan {
-            repository: recipe.repository.clone(),
-            version: job.target.version.clone(),
-            key: job.key(&build_step(name), attempt),
-            since: now,
-            seen,
-            tried_at: None,
-        })
-    };
-    attempts.into_iter().filter_map(one).collect()
 }

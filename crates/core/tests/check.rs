@@ -158,7 +158,8 @@ fn sound_worlds_fit() {
 fn a_rollback_and_a_flip_back_are_stories_too() {
     let old = deployment("job-0", 1);
     let back = |world: World| {
-        let mut events = vec![Event::RollbackStarted { actor: actor(), reason: "no good".to_owned() }];
+        let mut events =
+            vec![Event::RollbackStarted { actor: actor(), reason: "no good".to_owned(), data_restored: false }];
         events.extend(operated(&[Op::CutOver, Op::StopOld, Op::StartNew, Op::Settle]));
         events.push(Event::HandedOver { to: ControllerId::Revision(old.revision.clone()) });
         events.push(Event::RolledBack);

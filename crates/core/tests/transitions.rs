@@ -53,6 +53,10 @@ fn actor() -> Actor {
     Actor { oid: "op".to_owned(), name: String::new(), from: String::new() }
 }
 
+fn step() -> ContainerName {
+    ContainerName::new("migrate-app").unwrap()
+}
+
 /// One of every kind of event, with the data that gives it its best chance.
 fn events(record: &Record) -> Vec<Event> {
     let old = deployment("job-0", 1);
@@ -67,7 +71,7 @@ fn events(record: &Record) -> Vec<Event> {
     let fault = Told::permanent("it failed", "");
     let all = vec![
         Event::Start { job: Box::new(job("job-9", 3, Mode::Single)), override_quarantine: false },
-        Event::RollbackStarted { actor: actor(), reason: String::new() },
+        Event::RollbackStarted { actor: actor(), reason: String::new(), data_restored: false },
         Event::Cancelled { actor: actor(), reason: String::new() },
         Event::Reset { actor: actor(), reason: String::new() },
         Event::Kept { actor: actor(), reason: String::new() },
@@ -89,6 +93,8 @@ fn events(record: &Record) -> Vec<Event> {
         Event::BuildDone { component: app(), built },
         Event::BuildsComplete,
         Event::Prepared { to: Box::new(deployment("job-1", 2)), way_back, escape_hatch: vec![] },
+        Event::StepIntended { step: step() },
+        Event::StepDone { step: step() },
         Event::OpIntended { op: Op::StartNew },
         Event::OpObserved { op: Op::StartNew },
         Event::Landed,
@@ -123,6 +129,8 @@ fn events(record: &Record) -> Vec<Event> {
             | Event::BuildDone { .. }
             | Event::BuildsComplete
             | Event::Prepared { .. }
+            | Event::StepIntended { .. }
+            | Event::StepDone { .. }
             | Event::OpIntended { .. }
             | Event::OpObserved { .. }
             | Event::Landed
@@ -207,7 +215,7 @@ fn a_start_is_refused_in_flight_and_accepted_in_every_resting_state() {
 fn a_rollback_without_a_snapshot_is_refused_by_name() {
     let mut record = record_in(Succeeded, Mode::Single);
     record.snapshot = None;
-    let event = Event::RollbackStarted { actor: actor(), reason: String::new() };
+    let event = Event::RollbackStarted { actor: actor(), reason: String::new(), data_restored: false };
     assert_eq!(next(&record, &event, Millis(0)), Err(Refused::NoSnapshot));
 }
 

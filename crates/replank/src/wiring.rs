@@ -197,6 +197,7 @@ async fn start(controller: &Controller, args: &DeployArgs) -> anyhow::Result<()>
         confirm_downtime: true,
         // A first deployment that failed may be tried again without ceremony: nothing runs that it could harm.
         override_quarantine: true,
+        accept_one_way: true,
         ..StartRequest::default()
     };
     controller.engine.start(&actor, request).await?;

@@ -233,6 +233,7 @@ fn confirming() -> Record {
         taken_at: Millis(0),
         keep_until: Millis(i64::MAX),
         proved_at: Millis(0),
+        closed: None,
         extra: BTreeMap::new(),
     };
     let way_back = WayBack::Snapshot(Box::new(snapshot.clone()));
@@ -280,7 +281,7 @@ async fn a_rollback_is_refused_only_where_an_image_is_known_to_be_gone() {
             };
             assert!(preflight.reason.contains(expect), "{case}: {}", preflight.reason);
             assert!(seen || preflight.reason.contains(&image.image_ref), "{case}: {}", preflight.reason);
-            match (goes, world.engine.rollback(&alice(), "").await) {
+            match (goes, world.engine.rollback(&alice(), "", false).await) {
                 (true, Ok(record)) => assert_eq!(record.phase.state(), State::RollingBack, "{case}"),
                 (false, Err(Refusal::Conflict(why))) => assert_eq!(why, preflight.reason, "{case}"),
                 (_, other) => panic!("{case}: {other:?}"),

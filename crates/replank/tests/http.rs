@@ -390,6 +390,7 @@ async fn the_row_is_the_contract_s() {
         taken_at: Millis(0),
         keep_until: Millis(1_700_000_200_000),
         proved_at: Millis(0),
+        closed: None,
         extra: Default::default(),
     };
     let way_back = WayBack::Snapshot(Box::new(snapshot.clone()));

@@ -70,7 +70,9 @@ impl State {
 
     fn judge(&mut self, before: Option<&Record>, record: &Record, proofs: u32) {
         let Some(before) = before else { return };
-        if before.phase.state().in_flight() && record.job != before.job {
+        if before.phase.state().in_flight()
+            && record.job.as_ref().map(|job| &job.id) != before.job.as_ref().map(|job| &job.id)
+        {
             self.violations.push("a job in flight was replaced by another one".to_owned());
         }
         if record.generation < before.generation {
@@ -100,6 +102,17 @@ impl State {
                     self.violations.push(format!("{component} has no protected way back for {}", swap.to.version));
                 }
             }
+        }
+        let goes_back = |phase: &Phase| match phase {
+            Phase::RollingBack(back) => Some(back.reason.clone()),
+            Phase::Confirming(confirming) => confirming.flip.as_ref().map(|flip| flip.why.clone()),
+            _ => None,
+        };
+        let begins = goes_back(&before.phase).is_none() && goes_back(&record.phase).is_some();
+        let last = self.ledger.lines.last().map(|line| String::from_utf8_lossy(&line.bytes).into_owned());
+        let by_a_person = last.is_some_and(|line| line.contains("\"data_restored\":true"));
+        if let Some(why) = replank_core::data::closed_for(before).filter(|_| begins && !by_a_person) {
+            self.violations.push(format!("the system went back although {why}"));
         }
         for deployment in needed(record).filter(|d| d.reads_format() < record.min_reader) {
             self.violations.push(format!("{} can no longer read the record", deployment.version));

@@ -47,6 +47,7 @@ pub(crate) async fn start(world: &Arc<World>, who: &str, version: &Version) -> b
             confirm_downtime: true,
             idempotency_key: Some(key.clone()),
             override_quarantine: true,
+            accept_one_way: true,
             ..StartRequest::default()
         };
         let answer = ask(world, async |engine| engine.start(&actor(who), request).await).await;
@@ -77,7 +78,7 @@ fn told(answer: &Result<Record, Refusal>) -> String {
 async fn meddles(world: &Arc<World>) {
     let verb = world.state().rng.u32(0..10);
     let answer = match verb {
-        0..4 => ask(world, async |engine| engine.rollback(&actor("carol"), "not good").await).await,
+        0..4 => ask(world, async |engine| engine.rollback(&actor("carol"), "not good", true).await).await,
         4..6 => ask(world, async |engine| engine.cancel(&actor("carol"), "not now").await).await,
         6..8 => ask(world, async |engine| engine.keep(&actor("carol"), "good enough").await).await,
         8 => ask(world, async |engine| engine.reset(&actor("carol"), "stuck").await).await,

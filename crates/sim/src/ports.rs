@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use replank::engine::Recipes;
+use replank_core::data::DataStep;
 use replank_core::fault::{Class, Fault};
 use replank_core::format::{self, FORMATS_LABEL};
 use replank_core::history::Line;
@@ -14,13 +15,15 @@ use replank_core::image::{ImageId, Images};
 use replank_core::phase::{Built, Fetched, Recipe};
 use replank_core::ports::*;
 use replank_core::record::{ContainerPlan, ControllerId, Deployment, Overlap, Plan, Record, Target};
-use replank_core::words::{CommitSha, ComponentName, Digest, InstallationId, JobId, Millis, RevisionId, Version};
+use replank_core::words::{
+    CommitSha, ComponentName, Digest, InstallationId, JobId, Millis, OpKey, RevisionId, Version,
+};
 use tokio::sync::oneshot;
 use tokio::time::{sleep, sleep_until};
 
 use crate::chance::{Fate, Kind, fate};
 use crate::ledger::NotTaken;
-use crate::world::{LogState, Mutant, State, Stored as InRegistry, World, component, container};
+use crate::world::{LogState, Mutant, State, Step, Stored as InRegistry, World, component, container};
 use crate::{platform, process};
 
 /// One process's way to everything.
@@ -184,7 +187,7 @@ impl Door {
             (container("web"), one("web", Overlap::Allowed, false)),
             (container("worker"), one("app", world.overlap, false)),
         ]);
-        Plan { containers, spec: serde_json::Value::Null }
+        Plan { containers, ..Plan::default() }
     }
 
     fn label(&self, stored: &InRegistry) -> Stored {
@@ -522,8 +525,13 @@ impl Registry for Door {
 
 #[async_trait]
 impl Platform for Door {
-    async fn plan(&self, _: &Fetched, _: &Images, _: &Version) -> Result<Plan, Fault> {
-        self.look("plan", Door::plan_of).await
+    async fn plan(&self, _: &Fetched, _: &Images, version: &Version) -> Result<Plan, Fault> {
+        let of_release = |world: &World| {
+            let state = world.state();
+            let release = state.releases.iter().find(|release| release.tag.version == *version);
+            Plan { data: release.map(|release| release.data.clone()).unwrap_or_default(), ..Door::plan_of(world) }
+        };
+        self.look("plan", of_release).await
     }
 
     async fn observe(&self, ask: &Ask) -> Result<Observation, Fault> {
@@ -549,6 +557,37 @@ impl Platform for Door {
         });
         let done = done.await;
         if partly && done.is_ok() { Err(injected(Class::Indeterminate)) } else { done }
+    }
+
+    async fn run_step(
+        &self,
+        deployment: &Deployment,
+        step: &DataStep,
+        key: &OpKey,
+        until: Millis,
+        log: &dyn Log,
+    ) -> Result<i64, Fault> {
+        log.write(Stream::Stdout, b"step by step\n");
+        let (key, name, version) = (key.clone(), step.name.clone(), deployment.version.clone());
+        let begun = self.asked("data step", move |world| {
+            let now = world.now();
+            let mut state = world.state();
+            // A container of that name is there: nothing runs a second time.
+            if let Some(step) = state.steps.get(&key) {
+                return Ok(step.clone());
+            }
+            let takes = state.rng.u64(10..35_000);
+            let exit_code = i64::from(state.rng.u32(0..8) == 0);
+            let step = Step { ends_at: now.plus(takes), exit_code };
+            state.steps.insert(key, step.clone());
+            drop(state);
+            world.tell(|| format!("data step {name} on {version} runs: {step:?}"));
+            Ok(step)
+        });
+        let step = begun.await?;
+        sleep_until(self.world.instant(step.ends_at.min(until))).await;
+        self.is_there().await;
+        if step.ends_at > until { Err(Fault::permanent("it did not end in time")) } else { Ok(step.exit_code) }
     }
 
     fn escape_hatch(&self, to: &Deployment, _: Option<&Deployment>, _: u64) -> EscapeHatch {

@@ -4,13 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use replank::engine::LocalEngine;
+use replank_core::data::{DataPlan, DataStep, Schema, StepKind};
 use replank_core::image::ImageId;
 use replank_core::phase::Mode;
 use replank_core::policy::{Budgets, Policy};
 use replank_core::ports::{Clock, Ids, LogId, TagRef};
 use replank_core::record::{OnRolloutFailure, Overlap};
 use replank_core::words::{
-    CommitSha, ComponentName, ContainerName, Digest, InstallationId, Millis, RevisionId, Version,
+    CommitSha, ComponentName, ContainerName, Digest, InstallationId, Millis, OpKey, RevisionId, Version,
 };
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
@@ -29,6 +30,7 @@ pub(crate) struct Release {
     pub health: Health,
     /// Highest record format that its Replank reads.
     pub reads: u32,
+    pub data: DataPlan,
 }
 
 /// One controller's process.
@@ -46,6 +48,13 @@ pub(crate) struct LogState {
     pub bytes: Vec<u8>,
     pub fence: u64,
     pub closed: bool,
+}
+
+/// A data step's container.
+#[derive(Debug, Clone)]
+pub(crate) struct Step {
+    pub ends_at: Millis,
+    pub exit_code: i64,
 }
 
 /// An image as the registry has it.
@@ -66,6 +75,8 @@ pub(crate) struct State {
     pub images: BTreeMap<Digest, Stored>,
     /// Newest last.
     pub releases: Vec<Release>,
+    /// Data steps by key: how each ended, or will.
+    pub steps: BTreeMap<OpKey, Step>,
     pub logs: BTreeMap<LogId, LogState>,
     pub processes: BTreeMap<RevisionId, Process>,
     pub next_process: u64,
@@ -133,6 +144,7 @@ impl World {
             platform: PlatformState::default(),
             images: BTreeMap::new(),
             releases: Vec::new(),
+            steps: BTreeMap::new(),
             logs: BTreeMap::new(),
             processes: BTreeMap::new(),
             next_process: 0,
@@ -252,8 +264,33 @@ impl State {
             tag_object: None,
             refused: None,
         };
-        self.releases.push(Release { tag, health, reads });
+        let data = self.data_of_release(&version);
+        self.releases.push(Release { tag, health, reads, data });
         version
+    }
+
+    /// Most releases leave the data alone.
+    fn data_of_release(&mut self, version: &Version) -> DataPlan {
+        let step = |kind, name: &str| DataStep {
+            name: container(name),
+            kind,
+            component: component("app"),
+            budget: 30_000,
+            spec: serde_json::Value::Null,
+        };
+        let mut data = DataPlan::default();
+        if version.minor == 1 || self.rng.u32(0..4) != 0 {
+            return data;
+        }
+        if self.rng.bool() {
+            data.steps.push(step(StepKind::Backup, "backup"));
+        }
+        if self.rng.u32(0..4) != 0 {
+            data.steps.push(step(StepKind::Migrate, "migrate-app"));
+        }
+        data.schema = [Schema::Compatible, Schema::OneWay, Schema::Unknown][self.rng.usize(0..3)];
+        data.back_to = (self.rng.u32(0..4) == 0).then(|| version.clone());
+        data
     }
 
     pub(crate) fn release(&self, commit: &CommitSha) -> Option<&Release> {

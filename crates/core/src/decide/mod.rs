@@ -3,6 +3,7 @@
 //! It is called again after every change of anything. It keeps nothing between calls, so that the first call of a successor
 //! is as good as the hundredth of its predecessor.
 
+mod data;
 mod resting;
 mod streaks;
 mod task;
@@ -13,7 +14,7 @@ pub(crate) use task::build_step;
 use task::{FETCH, PREPARE, job_of};
 
 pub use streaks::{Streak, Streaks};
-pub use task::{Action, Ended, Outcome, Prepared, Purged, TaskId, Tasks};
+pub use task::{Action, Ended, Outcome, Prepared, Purged, TaskId, Tasks, data_step};
 
 use crate::event::Event;
 use crate::fault::{Class, Told};
@@ -187,6 +188,7 @@ pub fn decide(view: &View<'_>) -> Decision {
                 Outcome::Fetched(fetched) => Some(Event::Fetched(fetched.clone())),
                 Outcome::Built(_)
                 | Outcome::Prepared(_)
+                | Outcome::Stepped { .. }
                 | Outcome::Changed
                 | Outcome::CleanedUp
                 | Outcome::Purged(_) => None,
@@ -199,6 +201,7 @@ pub fn decide(view: &View<'_>) -> Decision {
                 Outcome::Prepared(prepared) => Some(prepared_event(view, job, &patching.images, prepared)),
                 Outcome::Fetched(_)
                 | Outcome::Built(_)
+                | Outcome::Stepped { .. }
                 | Outcome::Changed
                 | Outcome::CleanedUp
                 | Outcome::Purged(_) => None,
@@ -417,6 +420,7 @@ fn prepared_event(view: &View<'_>, job: &Job, images: &crate::image::Images, pre
             taken_at: view.now,
             keep_until: view.now.plus(view.policy.keep_images),
             proved_at: view.now,
+            closed: crate::data::still_closed(record.snapshot.as_ref(), &running.revision),
             extra: BTreeMap::new(),
         })),
     };
@@ -465,10 +469,11 @@ fn finish(view: &View<'_>, swap: &Swap, step: Step, reached: Event, spent: Optio
 fn rollout_failed(view: &View<'_>, job: &Job, decision: Decision) -> Decision {
     match (&decision, job.on_rollout_failure) {
         (Decision::Record(Event::Failed { fault }), OnRolloutFailure::Rollback)
-            if crate::transition::reverse_of(view.record).is_some() =>
+            if crate::transition::reverse_of(view.record).is_some()
+                && crate::data::closed_for(view.record).is_none() =>
         {
             let actor = crate::record::Actor::system();
-            Decision::Record(Event::RollbackStarted { actor, reason: fault.what.clone() })
+            Decision::Record(Event::RollbackStarted { actor, reason: fault.what.clone(), data_restored: false })
         }
         _ => decision,
     }
@@ -490,7 +495,10 @@ fn landed_in_time(view: &View<'_>, swap: &Swap) -> Option<Decision> {
 }
 
 fn decide_rolling_out(view: &View<'_>, swap: &Swap, job: &Job) -> Decision {
-    let spent = view.spent_of(view.record.entered_at, view.policy.budgets.rolling_out);
+    if let Some(decision) = data::decide(view, swap, job) {
+        return rollout_failed(view, job, decision);
+    }
+    let spent = view.spent_of(data::since(view, job), view.policy.budgets.rolling_out);
     let decision = match swap.mode {
         Mode::Single => {
             let step = advance(view, swap, Stage::Settled, false);
@@ -523,7 +531,9 @@ fn decide_confirming(view: &View<'_>, confirming: &Confirming) -> Decision {
         return finish(view, &flip.swap, step, Event::FlippedBack, spent, "the flip back");
     }
     let swap = &confirming.swap;
-    let has_way_back = matches!(swap.way_back, WayBack::Snapshot(_));
+    // A way back that the data have closed is not taken by the system: the old version would only fail on them too.
+    let is_open = crate::data::closed(swap, view.record.job.as_ref()).is_none();
+    let has_way_back = matches!(swap.way_back, WayBack::Snapshot(_)) && is_open;
     let degraded = view.streaks.degraded(&swap.to, view.policy.degraded_after);
     if let Some(why) = degraded.filter(|_| has_way_back) {
         return Decision::Record(Event::FlipIntended { why });

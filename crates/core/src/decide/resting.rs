@@ -88,16 +88,16 @@ fn housekeeping(view: &View<'_>) -> Option<Decision> {
     purge(view).or_else(|| is_clean_up_due(view).then_some(Decision::Act(Action::CleanUp)))
 }
 
-/// After a reboot the way in serves what was proved last, and what served without proof is not there. Moving traffic back to
-/// that would take down what works.
+/// Traffic is elsewhere than recorded, and what served without proof is not there to take it back: after a reboot the way in leads
+/// to what was proved last, and after a late effect it may lead anywhere. What was proved and runs is what is left to serve.
 fn proved_serves(view: &View<'_>, serving: &Deployment, seen: &Observation) -> Option<Event> {
-    let running = view.record.running.as_ref().filter(|r| seen.traffic.revision.as_ref() == Some(&r.revision))?;
+    let running = view.record.running.as_ref().filter(|running| running.revision != serving.revision)?;
     let runs = |d: &Deployment| {
         seen.revisions.get(&d.revision).is_some_and(RevisionSeen::runs) && fit_to_serve(seen, d) == Fit::Up
     };
     let is_gone = !runs(serving) && runs(running);
     is_gone.then(|| Event::ProvedServes {
-        why: format!("{} no longer runs, and the way in leads to {} again", serving.version, running.version),
+        why: format!("{} no longer runs, and {} is what was proved last", serving.version, running.version),
     })
 }
 

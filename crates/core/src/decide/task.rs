@@ -8,7 +8,7 @@ use crate::fault::Told;
 use crate::phase::{Built, Fetched};
 use crate::ports::Change;
 use crate::record::{Plan, Record};
-use crate::words::{ComponentName, Millis, OpKey};
+use crate::words::{ComponentName, ContainerName, Millis, OpKey};
 
 /// One thing to carry out in the world.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -18,6 +18,12 @@ pub enum Action {
         component: ComponentName,
         attempt: u32,
         key: OpKey,
+    },
+    /// Run a data step, once and until `until` at the longest.
+    Step {
+        step: ContainerName,
+        key: OpKey,
+        until: Millis,
     },
     /// Plan the new revision, and resolve, prove and protect the images of the way back.
     Prepare,
@@ -38,6 +44,7 @@ impl Action {
         match self {
             Self::Fetch => named(FETCH.to_owned(), 1),
             Self::Build { component, attempt, .. } => named(build_step(component), *attempt),
+            Self::Step { step, .. } => named(data_step(step), 1),
             Self::Prepare => named(PREPARE.to_owned(), 1),
             Self::Change { task, .. } => task.clone(),
             Self::CleanUp => named(CLEAN_UP.to_owned(), 1),
@@ -53,6 +60,10 @@ pub(super) const PURGE: &str = "purge";
 
 pub(crate) fn build_step(component: &ComponentName) -> String {
     format!("build-{component}")
+}
+
+pub fn data_step(step: &ContainerName) -> String {
+    format!("data-{step}")
 }
 
 pub(super) fn job_of(record: &Record) -> String {
@@ -73,6 +84,10 @@ pub enum Outcome {
     Fetched(Fetched),
     Built(Built),
     Prepared(Box<Prepared>),
+    /// A data step has ended.
+    Stepped {
+        exit_code: i64,
+    },
     Changed,
     CleanedUp,
     Purged(Purged),

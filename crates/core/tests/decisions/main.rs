@@ -1,6 +1,7 @@
 //! What decisions protect, each test named after the lesson or promise behind it: jobs in flight.
 #![allow(clippy::unwrap_used)]
 
+mod data;
 mod resting;
 mod scene;
 #[path = "../support/mod.rs"]

@@ -52,6 +52,12 @@ fn what_was_proved_keeps_the_traffic_that_a_reboot_gave_it() {
         }
         other => panic!("{other:?}"),
     }
+    // A late effect took it elsewhere, and what serves is gone.
+    let stray = deployment("job-8", 7);
+    let mut astray =
+        scene(record.clone()).with(&old(), NO_WORKER, true).with(&new(), DOWN, false).with(&stray, FULL, false);
+    astray = astray.traffic(&stray, 5);
+    assert!(matches!(astray.decide(), Decision::Record(Event::ProvedServes { .. })), "{:?}", astray.decide());
     // Nothing is there to serve: nothing is declared.
     assert!(!matches!(rebooted(DOWN, DOWN), Decision::Record(Event::ProvedServes { .. })));
 }

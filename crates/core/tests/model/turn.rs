@@ -66,6 +66,7 @@ fn local(config: &Config, world: &mut World, record: &Record, action: &Action) -
         }
         Action::CleanUp => Outcome::CleanedUp,
         Action::Purge => Outcome::Purged(Purged::default()),
+        Action::Step { .. } => unreachable!("no release of the model has data steps: the simulation's have"),
         Action::Change { .. } => unreachable!("a change is no local step"),
     }
 }
@@ -77,6 +78,7 @@ fn local_task(record: &Record, action: &Action) -> TaskId {
         Action::Prepare => ("prepare".to_owned(), 1),
         Action::CleanUp => ("clean-up".to_owned(), 1),
         Action::Purge => ("purge".to_owned(), 1),
+        Action::Step { step, .. } => (data_step(step), 1),
         Action::Change { task, .. } => return task.clone(),
     };
     TaskId { job: record.job.as_ref().unwrap().id.to_string(), step, attempt }
@@ -454,7 +456,9 @@ pub fn receive(config: &Config, world: &mut World, operator: usize) {
             }
             Event::Start { job: Box::new(job), override_quarantine: true }
         }
-        Verb::Rollback => Event::RollbackStarted { actor: Actor::system(), reason: String::new() },
+        Verb::Rollback => {
+            Event::RollbackStarted { actor: Actor::system(), reason: String::new(), data_restored: false }
+        }
     };
     if apply(&forged(config, &world.record, &event), &event, Millis(0)).is_ok() {
         world.operators[operator].pending = Some(Pending::new(Thought::Record(event)));

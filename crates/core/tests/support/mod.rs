@@ -29,7 +29,7 @@ pub fn plan() -> Plan {
             (ContainerName::new("app").unwrap(), container(Overlap::Allowed, true)),
             (ContainerName::new("worker").unwrap(), container(Overlap::StopOldFirst, false)),
         ]),
-        spec: serde_json::Value::Null,
+        ..Plan::default()
     }
 }
 
@@ -52,6 +52,8 @@ pub fn job(id: &str, minor: u64, mode: Mode) -> Job {
         on_rollout_failure: OnRolloutFailure::Hold,
         build_only: false,
         reuse: None,
+        accept_one_way: false,
+        data: Default::default(),
         extra: BTreeMap::new(),
     }
 }
@@ -79,6 +81,7 @@ pub fn snapshot_of(deployment: Deployment) -> Snapshot {
         taken_at: Millis(0),
         keep_until: Millis(90 * 24 * 3_600 * 1_000),
         proved_at: Millis(0),
+        closed: None,
         extra: BTreeMap::new(),
     }
 }

@@ -18,7 +18,7 @@ use super::failure::{Code, Failure};
 use super::plain::{self, Lines};
 use super::show::{self, Style};
 use super::watch::{Face, at_rest, watch};
-use super::{Because, Command, Global, Logs, RoleArg, Start, TokenCommand, Wait, tokens};
+use super::{Because, Command, Global, Logs, RoleArg, RollbackArgs, Start, TokenCommand, Wait, tokens};
 use crate::config::env::Environment;
 use crate::config::{FILE, Settings};
 use crate::http::row::Row;
@@ -49,7 +49,7 @@ pub async fn run(command: Command, global: Global, env: &Environment) -> Done {
         Command::Candidates => run.candidates().await,
         Command::Check => run.row("/api/upgrade/check", json!({})).await,
         Command::Start(args) => run.start(args).await,
-        Command::Rollback(args) => run.because("/api/upgrade/rollback", args, "rolled_back").await,
+        Command::Rollback(args) => run.rollback(args).await,
         Command::Cancel(args) => run.because("/api/upgrade/cancel", args, "failed_pre").await,
         Command::Confirm(args) => run.row("/api/upgrade/confirm", reason(args.reason)).await,
         Command::Reset(args) => run.row("/api/upgrade/reset", json!({ "reason": args.reason })).await,
@@ -246,13 +246,27 @@ impl Run<'_> {
                 body[name] = value.into();
             }
         }
-        for (name, on) in [("override_quarantine", args.override_quarantine), ("build_only", args.build_only)] {
+        for (name, on) in [
+            ("override_quarantine", args.override_quarantine),
+            ("build_only", args.build_only),
+            ("accept_one_way", args.accept_one_way),
+        ] {
             if on {
                 body[name] = true.into();
             }
         }
         let row: Row = client.post("/api/upgrade/start", &body).await?;
         self.queued(&client, row, &args.wait, "succeeded").await
+    }
+
+    async fn rollback(&self, args: RollbackArgs) -> Done {
+        let client = self.client()?;
+        let mut body = reason(args.because.reason);
+        if args.data_restored {
+            body["data_restored"] = true.into();
+        }
+        let row: Row = client.post("/api/upgrade/rollback", &body).await?;
+        self.queued(&client, row, &args.because.wait, "rolled_back").await
     }
 
     async fn because(&self, path: &str, args: Because, expect: &str) -> Done {

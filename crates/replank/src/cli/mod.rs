@@ -103,7 +103,7 @@ pub enum Command {
     )]
     Start(Start),
     /// Go back to what ran before; needs neither git nor a build.
-    Rollback(Because),
+    Rollback(RollbackArgs),
     /// End a job that has not touched anything yet.
     Cancel(Because),
     /// End the confirm window early: keep the new version.
@@ -184,6 +184,9 @@ pub struct Start {
     /// Start a commit that failed before, knowingly
     #[arg(long)]
     pub override_quarantine: bool,
+    /// Start a release after which the version before it cannot use the data, knowingly
+    #[arg(long)]
+    pub accept_one_way: bool,
     /// Build and push the images, and touch nothing that runs
     #[arg(long)]
     pub build_only: bool,
@@ -210,6 +213,15 @@ pub struct Because {
     pub reason: Option<String>,
     #[command(flatten)]
     pub wait: Wait,
+}
+
+#[derive(Debug, Args)]
+pub struct RollbackArgs {
+    /// The data are those of the version to restore: goes back although a one-way data step has run
+    #[arg(long)]
+    pub data_restored: bool,
+    #[command(flatten)]
+    pub because: Because,
 }
 
 #[derive(Debug, Args)]

@@ -9,6 +9,7 @@ use replank_core::policy::Policy;
 use replank_core::record::OnRolloutFailure;
 use replank_core::words::{ComponentName, InstallationId};
 
+use super::data::data;
 use super::env::Environment;
 use super::outward;
 use super::places::{az_exec_rules, exec, is_listed, registry};
@@ -41,6 +42,8 @@ pub fn settings(doc: &Document, file: &Path, env: &Environment) -> Result<Settin
     let builder = raw.build.builder;
     let registry = registry(doc, raw.registry, builder, env, &mut outside, &at);
     let exec = (builder == Builder::AzExec).then(|| exec(doc, raw.exec, env, &mut outside, &at));
+    let data_seconds = raw.policy.budgets.data_seconds;
+    let data = data(doc, &raw.components, &raw.containers, raw.backup, data_seconds);
     let components = components(doc, raw.components, &raw.build.secrets, registry.as_ref(), raw.application.as_ref());
     let mut platform = PlatformSettings {
         runs: runs(doc, raw.platform, !raw.containers.is_empty() || !raw.listeners.is_empty()),
@@ -49,6 +52,7 @@ pub fn settings(doc: &Document, file: &Path, env: &Environment) -> Result<Settin
         listeners: raw.listeners,
         networks: raw.networks,
         proxy: raw.proxy,
+        data,
     };
     resolve(&mut platform, &at);
     references(doc, &platform);

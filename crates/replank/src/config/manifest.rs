@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use replank_adapters::platform::docker::config::{PROBE_TIMEOUT_MS, StatusRange, VersionProof};
+use replank_core::data::Schema;
 use replank_core::phase::Recipe;
 use replank_core::words::{BadWord, ComponentName, ContainerName, Version};
 use serde::{Deserialize, Serialize};
@@ -39,6 +40,9 @@ pub struct Manifest {
     pub migrate: BTreeMap<ComponentName, Vec<String>>,
     #[serde(default, skip_serializing_if = "Schema::is_default")]
     pub schema: Schema,
+    /// The oldest version that can use the data once this one has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub back_to: Option<Version>,
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub notes: String,
     /// The oldest version that can be upgraded to this one.
@@ -72,24 +76,6 @@ pub struct ProbeWish {
     pub version: Option<VersionProof>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout_ms: Option<u64>,
-}
-
-/// What the release's data step does to the way back.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Schema {
-    Compatible,
-    OneWay,
-    #[default]
-    Unknown,
-}
-
-impl Schema {
-    // The signature is serde's.
-    #[allow(clippy::trivially_copy_pass_by_ref)]
-    fn is_default(&self) -> bool {
-        *self == Self::Unknown
-    }
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -135,7 +121,9 @@ impl Manifest {
     }
 
     fn check(&self, doc: &Document) {
-        let too_many = self.components.len().max(self.probes.len()).max(self.requires.environment.len()) > ENTRIES_MAX;
+        let too_many =
+            self.components.len().max(self.probes.len()).max(self.migrate.len()).max(self.requires.environment.len())
+                > ENTRIES_MAX;
         if too_many || self.components.values().any(|c| c.args.len() > ENTRIES_MAX) {
             doc.problem(&[], format!("more than {ENTRIES_MAX} entries of one kind"), "make it smaller");
         }
@@ -179,13 +167,15 @@ impl Manifest {
                 doc.problem(&["probes", name.as_str(), "timeout_ms"], "this is out of range", advice);
             }
         }
-        // Refused by name until it is carried out: a data step that is silently skipped would be worse.
-        if !self.migrate.is_empty() {
-            doc.problem(
-                &["migrate"],
-                "data steps are not supported by this version of Replank",
-                "run it at the container's start",
-            );
+        for (name, command) in &self.migrate {
+            let too_long = command.len() > ENTRIES_MAX || command.iter().map(String::len).sum::<usize>() > VALUE_MAX;
+            if command.is_empty() || too_long || command.iter().any(|word| word.contains('\0')) {
+                doc.problem(
+                    &["migrate", name.as_str()],
+                    "this is no command",
+                    format!("give 1 to {ENTRIES_MAX} words, {VALUE_MAX} bytes in all"),
+                );
+            }
         }
         if self.notes.len() > NOTES_MAX {
             doc.problem(&["notes"], format!("the notes have more than {NOTES_MAX} bytes"), "make them shorter");
@@ -234,7 +224,8 @@ pub fn recipes(
     manifest: &Manifest,
     version: &Version,
 ) -> Result<BTreeMap<ComponentName, Recipe>, BadWord> {
-    if let Some(unknown) = manifest.components.keys().find(|name| !settings.components.contains_key(*name)) {
+    let named = manifest.components.keys().chain(manifest.migrate.keys());
+    if let Some(unknown) = named.into_iter().find(|name| !settings.components.contains_key(*name)) {
         return Err(BadWord {
             what: "component of the release's manifest",
             value: unknown.to_string(),

@@ -1,6 +1,7 @@
 //! From `replank.toml` and the environment to [`Settings`]: raw, merged, validated. Only the validated type travels.
 
 mod check;
+mod data;
 pub mod env;
 pub mod manifest;
 mod outward;
@@ -16,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use replank_adapters::platform::docker::config::{
-    ContainerConfig, DockerConfig, ListenerConfig, ProxyConfig, SecretSource,
+    ContainerConfig, DataConfig, DockerConfig, ListenerConfig, ProxyConfig, SecretSource,
 };
 use replank_core::phase::Mode;
 use replank_core::policy::Policy;
@@ -170,6 +171,7 @@ pub struct PlatformSettings {
     pub listeners: BTreeMap<String, ListenerConfig>,
     pub networks: BTreeSet<String>,
     pub proxy: ProxyConfig,
+    pub data: DataConfig,
 }
 
 /// Every problem of a configuration, in the order of the file.
@@ -266,6 +268,7 @@ impl Settings {
             listeners: self.platform.listeners.clone(),
             networks: self.platform.networks.clone(),
             proxy: self.platform.proxy.clone(),
+            data: self.platform.data.clone(),
         }
     }
 

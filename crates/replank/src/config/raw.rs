@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
-use replank_adapters::platform::docker::config::{ContainerConfig, ListenerConfig, ProxyConfig, SecretSource};
+use replank_adapters::platform::docker::config::{
+    BackupConfig, ContainerConfig, ListenerConfig, ProxyConfig, SecretSource,
+};
 use replank_core::phase::Mode;
 use replank_core::record::OnRolloutFailure;
 use replank_core::words::{AppName, ComponentName, ContainerName};
@@ -35,6 +37,7 @@ pub struct Raw {
     pub networks: BTreeSet<String>,
     #[serde(default)]
     pub proxy: ProxyConfig,
+    pub backup: Option<BackupConfig>,
     #[serde(default)]
     pub policy: Policy,
     #[serde(default)]
@@ -177,6 +180,8 @@ pub struct Component {
     pub secrets: Vec<String>,
     pub commit_arg: Option<String>,
     pub repository: Option<String>,
+    pub migrate: Option<Vec<String>>,
+    pub migrate_as: Option<ContainerName>,
 }
 
 #[derive(Debug, Deserialize, Default)]
@@ -257,4 +262,5 @@ pub struct Budgets {
     pub validating_seconds: Option<u64>,
     pub convergence_seconds: Option<u64>,
     pub rolling_back_seconds: Option<u64>,
+    pub data_seconds: Option<u64>,
 }

@@ -45,6 +45,9 @@ pub struct StartRequest {
     /// Start a commit that failed before, knowingly.
     #[serde(default)]
     pub override_quarantine: bool,
+    /// Start a release after which the version before it cannot use the data, knowingly.
+    #[serde(default)]
+    pub accept_one_way: bool,
 }
 
 fn kinds() -> Object {
@@ -107,6 +110,9 @@ pub struct Preflight {
     pub available: bool,
     pub reason: String,
     pub images: Vec<PreflightImage>,
+    /// Why the data stand in the way; a rollback goes ahead all the same for whoever says that they are restored.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub closed: Option<String>,
 }
 
 /// What the record does not hold: how far this process's builds are, and what the driver waits for.
@@ -144,7 +150,8 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     async fn check(&self, actor: &Actor) -> Result<Record, Refusal>;
     async fn track_commits(&self, actor: &Actor, on: bool) -> Result<Record, Refusal>;
     async fn start(&self, actor: &Actor, request: StartRequest) -> Result<Record, Refusal>;
-    async fn rollback(&self, actor: &Actor, reason: &str) -> Result<Record, Refusal>;
+    /// `data_restored`: the data are those of the version that is restored, where a data step had closed the way back.
+    async fn rollback(&self, actor: &Actor, reason: &str, data_restored: bool) -> Result<Record, Refusal>;
     async fn cancel(&self, actor: &Actor, reason: &str) -> Result<Record, Refusal>;
     /// Ends the confirm window early: keep.
     async fn keep(&self, actor: &Actor, reason: &str) -> Result<Record, Refusal>;

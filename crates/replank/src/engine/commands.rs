@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use replank_core::data::closed_for;
 use replank_core::event::Event;
 use replank_core::history::Line;
 use replank_core::image::ImageId;
@@ -112,6 +113,8 @@ impl LocalEngine {
             on_rollout_failure: self.setup.on_rollout_failure,
             build_only: request.build_only || self.ports.platform.is_none(),
             reuse: None,
+            accept_one_way: request.accept_one_way,
+            data: Default::default(),
             extra: Default::default(),
         })
     }
@@ -281,14 +284,15 @@ impl Engine for LocalEngine {
         .await
     }
 
-    async fn rollback(&self, actor: &Actor, reason: &str) -> Result<Record, Refusal> {
+    async fn rollback(&self, actor: &Actor, reason: &str, data_restored: bool) -> Result<Record, Refusal> {
         checked_reason(reason)?;
         let record = self.record().await?;
-        let event = Event::RollbackStarted { actor: actor.clone(), reason: reason.to_owned() };
+        let event = Event::RollbackStarted { actor: actor.clone(), reason: reason.to_owned(), data_restored };
         // Refused by the state before the images are looked at, so that the reason given is the first one.
         apply_as(&record, &event, self.ports.clock.now(), self.setup.reads_format).map_err(refusal)?;
         let preflight = self.preflight().await?;
-        if !preflight.available {
+        // A way back that the data closed is open again by the operator's word, which the line above has asked for.
+        if !preflight.available && preflight.closed.is_none() {
             return Err(Refusal::Conflict(preflight.reason));
         }
         self.commit(|_| Ok(Ok(event.clone()))).await
@@ -314,7 +318,8 @@ impl Engine for LocalEngine {
 
     async fn preflight(&self) -> Result<Preflight, Refusal> {
         let record = self.record().await?;
-        let none = |reason: &str| Preflight { available: false, reason: reason.to_owned(), images: vec![] };
+        let none =
+            |reason: &str| Preflight { available: false, reason: reason.to_owned(), images: vec![], closed: None };
         let Some(swap) = replank_core::transition::reverse_of(&record) else {
             return Ok(none("there is no snapshot to roll back to"));
         };
@@ -338,7 +343,16 @@ impl Engine for LocalEngine {
         } else {
             format!("{version} can be restored")
         };
-        Ok(Preflight { available: gone.is_empty(), reason, images })
+        let closed = closed_for(&record).filter(|_| gone.is_empty());
+        match closed {
+            Some(why) => Ok(Preflight {
+                available: false,
+                reason: format!("{why}: restore the data first, then roll back with data_restored"),
+                images,
+                closed: Some(why),
+            }),
+            None => Ok(Preflight { available: gone.is_empty(), reason, images, closed: None }),
+        }
     }
 
     async fn escape_hatch(&self) -> Result<EscapeHatch, Refusal> {

@@ -4,14 +4,16 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use replank_core::data::{DataPlan, StepKind};
 use replank_core::decide::{Action, Ended, Outcome, Prepared, TaskId};
 use replank_core::fault::Fault;
 use replank_core::format::FORMATS_LABEL;
 use replank_core::image::{ImageId, Images};
-use replank_core::phase::{Built, Phase, Recipe};
+use replank_core::phase::{Built, Fetched, Phase, Recipe};
 use replank_core::ports::{BuildSpec, Log as _, LogId, Platform, Source, Stream, Tree};
-use replank_core::record::{Job, Record};
-use replank_core::words::{ComponentName, JobId, Millis, OpKey};
+use replank_core::record::{Deployment, Job, Record};
+use replank_core::words::{ComponentName, ContainerName, JobId, Millis, OpKey};
+use serde::Deserialize as _;
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinHandle;
 use tokio_util::task::AbortOnDropHandle;
@@ -78,7 +80,7 @@ impl Executor {
     async fn carry_out_in_time(&self, record: &Record, action: Action) -> Result<Outcome, Fault> {
         let is_limited = match &action {
             Action::Change { .. } | Action::CleanUp | Action::Purge => true,
-            Action::Fetch | Action::Build { .. } | Action::Prepare => false,
+            Action::Fetch | Action::Build { .. } | Action::Prepare | Action::Step { .. } => false,
         };
         let work = self.carry_out(record, action);
         if !is_limited {
@@ -97,9 +99,11 @@ impl Executor {
                 let (job, source) = (self.job(record)?, self.source()?);
                 let tree = self.tree(job, source.as_ref()).await?;
                 let fetched = self.setup.recipes.recipes(&tree, &job.target.version, record.running.as_ref()).await?;
+                knows_what_closes(job, &fetched, record.running.as_ref())?;
                 Ok(Outcome::Fetched(fetched))
             }
             Action::Build { component, attempt, key } => self.build(record, component, attempt, key).await,
+            Action::Step { step, key, until } => self.data_step(record, &step, &key, until).await,
             Action::Prepare => self.prepare(record).await,
             Action::Change { change, .. } => {
                 self.still_mine(record).await?;
@@ -221,6 +225,41 @@ impl Executor {
         }))
     }
 
+    /// A data step is like a build: it has a log of its own, and a key under which it is found again.
+    async fn data_step(
+        &self,
+        record: &Record,
+        name: &ContainerName,
+        key: &OpKey,
+        until: Millis,
+    ) -> Result<Outcome, Fault> {
+        self.still_mine(record).await?;
+        let Phase::RollingOut(swap) = &record.phase else {
+            return Err(Fault::conflict("the job is no longer rolling out"));
+        };
+        let step = swap.to.plan.data.steps.iter().find(|step| step.name == *name);
+        let step = step.ok_or_else(|| Fault::permanent(format!("the release has no data step {name}")))?;
+        // A backup is made by what runs, which knows its data; there is nothing to back up where nothing ran.
+        let on = match (step.kind, &swap.from) {
+            (StepKind::Migrate, _) => &swap.to,
+            (StepKind::Backup, Some(from)) => from,
+            (StepKind::Backup, None) => return Ok(Outcome::Stepped { exit_code: 0 }),
+        };
+        let component = ComponentName::new(name.as_str())
+            .map_err(|bad| Fault::permanent("the data step cannot be named").because(bad))?;
+        let id = LogId { job: self.job(record)?.id.clone(), component };
+        let begin = Begin { id, attempt: 1, key: key.to_string(), request: format!("data step {name}") };
+        let log = BuildLog::begin(self.ports.logs.clone(), self.ports.clock.as_ref(), &begin, &self.setup.secrets);
+        let result = self.platform()?.run_step(on, step, key, until, &log).await;
+        let last = match &result {
+            Ok(code) => format!("{name} ended with exit code {code}\n"),
+            Err(fault) => format!("{}\n", fault.told().sentence()),
+        };
+        log.write(Stream::Stderr, last.as_bytes());
+        log.finish().await;
+        Ok(Outcome::Stepped { exit_code: result? })
+    }
+
     /// Before the platform is touched: how the new revision would run, and the way back resolved, present and protected.
     async fn prepare(&self, record: &Record) -> Result<Outcome, Fault> {
         let platform = self.platform()?;
@@ -278,5 +317,19 @@ impl Executor {
         self.ports.platform.clone().ok_or_else(|| {
             Fault::permanent("no platform is configured").advice("start a build-only job, or configure one")
         })
+    }
+}
+
+/// Told before the click, and asked for with it: a release that closes the way back starts only for whoever said so.
+fn knows_what_closes(job: &Job, fetched: &Fetched, running: Option<&Deployment>) -> Result<(), Fault> {
+    let (false, Some(running)) = (job.accept_one_way, running) else { return Ok(()) };
+    // The manifest was checked when it was read.
+    let data = DataPlan::deserialize(&fetched.manifest).unwrap_or_default();
+    match data.closes(&running.version) {
+        None => Ok(()),
+        Some(why) => {
+            Err(Fault::permanent(format!("{} closes the way back to {}: {why}", job.target.version, running.version))
+                .advice("make sure of a backup, then start it again with accept_one_way (--accept-one-way)"))
+        }
     }
 }

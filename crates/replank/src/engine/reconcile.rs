@@ -285,7 +285,9 @@ impl Reconciler {
 
 /// Tasks that change the platform; the others build or look.
 fn is_change(task: &TaskId) -> bool {
-    !(matches!(task.step.as_str(), "fetch" | "prepare" | "clean-up" | "purge") || task.step.starts_with("build-"))
+    !(matches!(task.step.as_str(), "fetch" | "prepare" | "clean-up" | "purge")
+        || task.step.starts_with("build-")
+        || task.step.starts_with("data-"))
 }
 
 /// Whether a task still belongs to what the record says.
@@ -299,6 +301,10 @@ fn is_wanted(task: &TaskId, record: &Record) -> bool {
         state == State::Fetching
     } else if step.starts_with("build-") {
         state == State::Building
+    } else if let Some(name) = step.strip_prefix("data-") {
+        let job = record.job.as_ref();
+        state == State::RollingOut
+            && job.is_some_and(|job| job.data.iter().any(|(n, s)| n.as_str() == name && s.ended_at.is_none()))
     } else if step == "prepare" {
         state == State::Patching
     } else if step == "halt-stray" {

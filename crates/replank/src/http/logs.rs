@@ -85,7 +85,11 @@ pub async fn build_log(
     let component = which.component;
     let job = JobId::new(which.job_id).map_err(|error| ApiError::bad_request(error.to_string()))?;
     let known = app.engine.components();
-    let component = known.iter().find(|c| c.as_str() == component).cloned().ok_or_else(|| {
+    // A data step has a log too, under its own name.
+    let is_step = component == "backup"
+        || component.strip_prefix("migrate-").is_some_and(|of| known.iter().any(|known| known.as_str() == of));
+    let step = ComponentName::new(component.as_str()).ok().filter(|_| is_step);
+    let component = known.iter().find(|c| c.as_str() == component).cloned().or(step).ok_or_else(|| {
         let known: Vec<&str> = known.iter().map(ComponentName::as_str).collect();
         ApiError::bad_request(format!("there is no such component; the components are {}", known.join(", ")))
     })?;

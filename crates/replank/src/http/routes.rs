@@ -75,6 +75,17 @@ struct Reason {
     reason: Option<String>,
 }
 
+/// Why, and what is known of the data.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct Rollback {
+    #[schema(max_length = 280)]
+    reason: Option<String>,
+    /// The data are those of the version that is restored, where a data step had closed the way back.
+    #[serde(default)]
+    data_restored: bool,
+}
+
 /// Why a job is given up, for the history.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -242,14 +253,15 @@ fn check_start(request: &StartRequest) -> Result<(), ApiError> {
 }
 
 /// Go back to what ran before; needs neither git nor a build.
-#[utoipa::path(post, path = "/rollback", tag = "upgrade", security(("token" = ["admin"])), request_body = Option<Reason>, responses(
+#[utoipa::path(post, path = "/rollback", tag = "upgrade", security(("token" = ["admin"])), request_body = Option<Rollback>, responses(
     (status = 202, description = "Rolling back", body = Row),
-    (status = 409, description = "Not in this state, no snapshot, or an image of it is gone"),
+    (status = 409, description = "Not in this state, no snapshot, an image of it is gone, or a data step closed the way"),
 ))]
 async fn rollback(State(app): State<App>, Admin(caller): Admin, body: Body) -> Accepted {
     let tried = async {
-        let reason = body.optional::<Reason>()?.text()?;
-        Ok(app.engine.rollback(&caller.actor, &reason).await?)
+        let asked = body.optional::<Rollback>()?;
+        let reason = Reason { reason: asked.reason }.text()?;
+        Ok(app.engine.rollback(&caller.actor, &reason, asked.data_restored).await?)
     };
     command(&app, &caller, "rollback", tried).await
 }

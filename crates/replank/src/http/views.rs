@@ -86,6 +86,10 @@ pub struct Preflight {
     pub available: bool,
     pub reason: String,
     pub images: Vec<PreflightImage>,
+    /// Why the data stand in the way; a rollback goes ahead all the same for whoever says that they are restored.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = String, required = false)]
+    pub closed: Option<String>,
 }
 
 #[derive(Debug, Serialize, ToSchema)]
@@ -106,7 +110,7 @@ impl From<api::Preflight> for Preflight {
             created_on: image.created_on.map(|at| time(Some(at))),
             error: image.error.unwrap_or_default(),
         });
-        Self { available: found.available, reason: found.reason, images: images.collect() }
+        Self { available: found.available, reason: found.reason, images: images.collect(), closed: found.closed }
     }
 }
 

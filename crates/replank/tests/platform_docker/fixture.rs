@@ -111,6 +111,7 @@ impl App {
             listeners: BTreeMap::from([("web".to_owned(), listener)]),
             networks: BTreeSet::new(),
             proxy: ProxyConfig::default(),
+            data: Default::default(),
         };
         edit(&mut config);
         for version in ["0.1.0", "0.2.0"] {

@@ -70,6 +70,8 @@ pub fn job(version: &str) -> Job {
         on_rollout_failure: OnRolloutFailure::Hold,
         build_only: false,
         reuse: None,
+        accept_one_way: false,
+        data: Default::default(),
         extra: BTreeMap::new(),
     }
 }
@@ -179,8 +181,9 @@ impl Engine for Double {
         });
         self.record().await
     }
-    async fn rollback(&self, actor: &Actor, reason: &str) -> Result<Record, Refusal> {
-        self.command(&format!("rollback {reason}"), actor)
+    async fn rollback(&self, actor: &Actor, reason: &str, data_restored: bool) -> Result<Record, Refusal> {
+        let restored = if data_restored { " of restored data" } else { "" };
+        self.command(&format!("rollback{restored} {reason}"), actor)
     }
     async fn cancel(&self, actor: &Actor, _: &str) -> Result<Record, Refusal> {
         self.command("cancel", actor)
@@ -193,7 +196,7 @@ impl Engine for Double {
     }
     async fn preflight(&self) -> Result<Preflight, Refusal> {
         let images = vec![PreflightImage { image_ref: "a@b".into(), exists: true, created_on: None, error: None }];
-        self.look(Preflight { available: true, reason: String::new(), images })
+        self.look(Preflight { available: true, reason: String::new(), images, closed: None })
     }
     async fn escape_hatch(&self) -> Result<EscapeHatch, Refusal> {
         self.look(EscapeHatch { commands: vec!["docker start x".into()], facts: BTreeMap::new() })

@@ -405,7 +405,8 @@ impl Work<'_> {
 
     async fn remove(&self, revision: &RevisionId) -> Result<(), Fault> {
         self.not_myself(revision)?;
-        let mine = self.of_revision(revision).await?;
+        let mut mine = self.of_revision(revision).await?;
+        mine.extend(self.in_role(revision, labels::ROLE_STEP).await?);
         let name = names::network(&self.platform.config.application, revision);
         if mine.is_empty() && !self.network_to_remove(&name).await? {
             return Ok(());
@@ -451,8 +452,11 @@ impl Work<'_> {
 
     /// Ids and names of this installation's containers of a revision. Never the proxy: it carries no revision.
     async fn of_revision(&self, revision: &RevisionId) -> Result<Vec<(String, String)>, Fault> {
-        let filter =
-            self.platform.owner.filter(&[(labels::REVISION, revision.as_str()), (labels::ROLE, labels::ROLE_APP)]);
+        self.in_role(revision, labels::ROLE_APP).await
+    }
+
+    async fn in_role(&self, revision: &RevisionId, role: &str) -> Result<Vec<(String, String)>, Fault> {
+        let filter = self.platform.owner.filter(&[(labels::REVISION, revision.as_str()), (labels::ROLE, role)]);
         let options = ListContainersOptionsBuilder::new().all(true).filters(&filter).build();
         let found = self
             .engine

@@ -44,6 +44,45 @@ pub struct DockerConfig {
     pub networks: BTreeSet<String>,
     #[serde(default)]
     pub proxy: ProxyConfig,
+    #[serde(default)]
+    pub data: DataConfig,
+}
+
+/// What is done to the data before a new revision starts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataConfig {
+    /// By component; what a release asks for comes before it.
+    #[serde(default)]
+    pub migrate: BTreeMap<ComponentName, MigrateConfig>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backup: Option<BackupConfig>,
+    /// Milliseconds for each step.
+    pub budget_ms: u64,
+}
+
+impl Default for DataConfig {
+    fn default() -> Self {
+        Self { migrate: BTreeMap::new(), backup: None, budget_ms: 30 * 60 * 1_000 }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MigrateConfig {
+    pub command: Vec<String>,
+    /// Whose variables, secrets, mounts and networks it gets; the first container of the component where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub container: Option<ContainerName>,
+}
+
+/// A copy of the data, made by the image that runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BackupConfig {
+    /// Whose image, variables, secrets, mounts and networks it gets.
+    pub container: ContainerName,
+    pub command: Vec<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]

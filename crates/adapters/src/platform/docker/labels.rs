@@ -20,6 +20,8 @@ pub const IMAGE_ID: &str = "io.replank.image-id";
 pub const CONFIG: &str = "io.replank.config";
 
 pub const ROLE_APP: &str = "app";
+/// A data step: no part of what a revision runs.
+pub const ROLE_STEP: &str = "step";
 pub const ROLE_PROXY: &str = "proxy";
 pub const ROLE_NETWORK: &str = "network";
 

@@ -4,6 +4,7 @@ mod bootstrap;
 mod change;
 pub mod config;
 mod create;
+mod data;
 mod hatch;
 pub mod labels;
 pub mod names;
@@ -13,18 +14,20 @@ mod probe;
 pub mod proxy_api;
 mod pull;
 pub mod spec;
+mod step;
 pub mod traffic;
 
 use std::path::Path;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use replank_core::data::DataStep;
 use replank_core::fault::Fault;
 use replank_core::image::Images;
 use replank_core::phase::Fetched;
-use replank_core::ports::{Ask, Change, Clock, EscapeHatch, Observation, Platform};
+use replank_core::ports::{Ask, Change, Clock, EscapeHatch, Log, Observation, Platform};
 use replank_core::record::{Deployment, Plan};
-use replank_core::words::{RevisionId, Version};
+use replank_core::words::{Millis, OpKey, RevisionId, Version};
 
 use crate::engine::Engine;
 use crate::oci::OciConfig;
@@ -104,6 +107,17 @@ impl Platform for DockerPlatform {
 
     async fn change(&self, change: &Change) -> Result<(), Fault> {
         change::change(self, change).await
+    }
+
+    async fn run_step(
+        &self,
+        deployment: &Deployment,
+        step: &DataStep,
+        key: &OpKey,
+        until: Millis,
+        log: &dyn Log,
+    ) -> Result<i64, Fault> {
+        step::run(self, deployment, step, key, until, log).await
     }
 
     fn escape_hatch(&self, to: &Deployment, from: Option<&Deployment>, generation: u64) -> EscapeHatch {

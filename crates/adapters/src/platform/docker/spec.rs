@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use super::config::{self, ContainerConfig, DockerConfig, ProbeConfig, SecretSource, StatusRange, VersionProof};
+use super::data;
 
 /// Longest secret: an environment of a process has room for 128 KiB in one string on Linux.
 pub const SECRET_MAX: u64 = 64 * 1024;
@@ -93,10 +94,7 @@ pub fn plan(config: &DockerConfig, fetched: &Fetched, images: &Images) -> Result
         }
         let overlap = run.overlap_rule();
         let plan = ContainerPlan { component: run.component.clone(), overlap, controller: run.controller };
-        let mut secret_hashes = BTreeMap::new();
-        for (key, source) in &run.secrets {
-            secret_hashes.insert(key.clone(), hash(&config.installation, key, &resolve(key, source)?));
-        }
+        let secret_hashes = secret_hashes(&config.installation, &run)?;
         containers.insert(name.clone(), plan);
         specs.insert(name, ContainerSpec { run, secret_hashes });
     }
@@ -107,7 +105,17 @@ pub fn plan(config: &DockerConfig, fetched: &Fetched, images: &Images) -> Result
         .collect();
     let spec = serde_json::to_value(RunSpec { containers: specs, listeners })
         .map_err(|error| Fault::permanent("the run spec cannot be written as JSON").because(error))?;
-    Ok(Plan { containers, spec })
+    Ok(Plan { containers, spec, data: data::plan(config, &fetched.manifest, images)? })
+}
+
+/// Hashes of the secrets as they are now.
+pub(super) fn secret_hashes(
+    installation: &InstallationId,
+    run: &ContainerConfig,
+) -> Result<BTreeMap<String, Digest>, Fault> {
+    let hashed =
+        |(key, source): (&String, &SecretSource)| Ok((key.clone(), hash(installation, key, &resolve(key, source)?)));
+    run.secrets.iter().map(hashed).collect()
 }
 
 fn wishes(manifest: &serde_json::Value) -> Result<BTreeMap<String, ProbeWish>, Fault> {
