@@ -1,5 +1,6 @@
 //! `cargo xtask`: everything a developer of Replank types.
 
+mod api;
 mod bench;
 mod build;
 mod demo;
@@ -33,6 +34,8 @@ enum Task {
     Bench(bench::Options),
     /// Feeds made-up input to what reads input, for a bounded time.
     Fuzz(fuzz::Options),
+    /// Checks the HTTP API against its own document, with made-up requests to a real server.
+    Api(api::Options),
     /// Plays upgrades under virtual time, with ports that fail in every way, and judges what each leaves.
     Sim(sim::Options),
     /// Checks what the compiler does not: dependencies, imports, sizes of files.
@@ -60,6 +63,7 @@ fn run() -> Result<ExitCode> {
         Task::Test(options) => test::run(&options),
         Task::Bench(options) => bench::run(&options),
         Task::Fuzz(options) => fuzz::run(&options),
+        Task::Api(options) => api::run(&options),
         Task::Sim(options) => sim::run(&options),
         Task::Tidy => tidy::run(),
         Task::Engine(options) => world::run(&options).map(|()| ExitCode::SUCCESS),

@@ -8,7 +8,7 @@ use replank_testbed::{process, sample, setup};
 use crate::build::Build;
 use crate::tied::tied;
 use crate::world::World;
-use crate::{fuzz, sim, tidy};
+use crate::{api, fuzz, sim, tidy};
 
 /// For each fuzz target: long enough for what a change breaks at once; `cargo xtask fuzz` takes all the time it is given.
 const FUZZ_SECONDS: u64 = 10;
@@ -65,6 +65,10 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     }
     let replank = build.program(crate::build::Profile::Dev);
     let world = World::start(replank, sample::FULL_UNITS)?;
+    // From here on signals clean up.
+    if !options.only_tests && options.runner.is_empty() {
+        api::step(&world.replank)?;
+    }
 
     let has_nextest = process::run(Command::new("cargo").args(["nextest", "--version"])).is_ok();
     let runner = if has_nextest {

@@ -32,7 +32,8 @@ const WAL_KEPT_BYTES: i64 = 64 * 1024 * 1024;
 
 /// Each step adds and never changes or removes: an older controller goes on using a newer file. A new column must have a
 /// default, and rows are updated in place, never replaced, so that columns that this build does not know survive.
-const SCHEMA: &[&str] = &["
+const SCHEMA: &[&str] = &[
+    "
 CREATE TABLE record (
     app TEXT NOT NULL PRIMARY KEY, version INTEGER NOT NULL, format INTEGER NOT NULL, min_reader INTEGER NOT NULL,
     body BLOB NOT NULL
@@ -60,7 +61,13 @@ CREATE TABLE log_chunk (
     log INTEGER NOT NULL REFERENCES log (id) ON DELETE CASCADE, offset INTEGER NOT NULL, bytes BLOB NOT NULL,
     UNIQUE (log, offset)
 ) STRICT;
-"];
+",
+    "
+CREATE TABLE cursor (
+    app TEXT NOT NULL, reader TEXT NOT NULL, seq INTEGER NOT NULL, body BLOB NOT NULL, PRIMARY KEY (app, reader)
+) STRICT;
+",
+];
 
 /// Tables whose pages are checked when the file is opened: small ones that decisions depend on, and not the logs.
 const CHECKED: &[&str] = &["record", "history", "presence", "first_seen", "token"];

@@ -370,10 +370,10 @@ impl Story {
                     At::Idle | At::Ended(_) => return wrong(),
                 };
             }
-            "repair_intended" | "proved_serves" | "snapshot_dropped" | "orphan_purge_attempt" | "orphan_acr_tags" => {
-                if self.is_in_flight() {
-                    return wrong();
-                }
+            "repair_intended" | "proved_serves" | "snapshot_dropped" | "orphan_purge_attempt" | "orphan_acr_tags"
+                if self.is_in_flight() =>
+            {
+                return wrong();
             }
             // What moves no state may stand anywhere; so may what a newer Replank tells.
             _ => {}

@@ -97,6 +97,25 @@ pub trait Ledger: Send + Sync + fmt::Debug {
     ) -> Result<BTreeMap<String, CommitSha>, LedgerError>;
 }
 
+/// How far one reader of the history has come.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Cursor {
+    /// Lines that it has done with: the sequence number of the next one.
+    pub seq: u64,
+    /// The job whose closing confirm window it was told of; empty where it was not.
+    #[serde(default)]
+    pub closing: String,
+}
+
+/// Readers of the history that must not miss a line, by name.
+#[async_trait]
+pub trait Cursors: Send + Sync + fmt::Debug {
+    /// `None` where no reader of that name was ever kept.
+    async fn cursor(&self, reader: &str) -> Result<Option<Cursor>, LedgerError>;
+    /// A cursor never goes back: one that is behind the stored one changes nothing.
+    async fn keep_cursor(&self, reader: &str, cursor: &Cursor) -> Result<(), LedgerError>;
+}
+
 /// A named bearer token; only its hash is kept.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Token {

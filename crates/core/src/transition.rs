@@ -13,7 +13,7 @@ use crate::image::attempt_tag;
 use crate::phase::{
     Build, Building, BuiltOnly, Confirming, Flip, Mode, Op, OpState, Patching, Phase, RollingBack, State, Swap, WayBack,
 };
-use crate::record::{Deployment, Driver, Job, ORPHANS_MAX, Orphan, Record};
+use crate::record::{Deployment, Driver, Job, ORPHANS_MAX, OnRolloutFailure, Orphan, Record};
 use crate::words::{CommitSha, Millis, Version};
 
 /// Why an event cannot happen now.
@@ -411,6 +411,7 @@ pub fn apply_as(record: &Record, event: &Event, now: Millis, reads: u32) -> Resu
                 .with("actor", json!(job.actor))
                 .with("target_version", job.target.version.to_string())
                 .with("target_sha", job.target.commit.as_str())
+                .with("from_version", record.running.as_ref().map_or(String::new(), |r| r.version.to_string()))
                 .with("reason", job.reason.clone());
             if *override_quarantine && new.quarantine.remove(&job.target.commit).is_some() {
                 audit = audit.with("override", "quarantine");
@@ -574,6 +575,13 @@ pub fn apply_as(record: &Record, event: &Event, now: Millis, reads: u32) -> Resu
             let why =
                 if why.is_empty() { "rolled back by an operator".to_owned() } else { format!("rolled back: {why}") };
             quarantine(&mut new, record, &why, now);
+        }
+    }
+    if new.phase.state() != record.phase.state() {
+        audit = audit.with("state", new.phase.state().name());
+        let holds = record.job.as_ref().is_some_and(|job| job.on_rollout_failure == OnRolloutFailure::Hold);
+        if new.phase.state() == State::FailedRollout && holds {
+            audit = audit.with("held", true);
         }
     }
     if new.phase.state() == State::FailedPre && record.phase.state() != State::FailedPre {

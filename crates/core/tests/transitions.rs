@@ -268,6 +268,15 @@ fn every_commit_but_a_look_that_found_nothing_adds_exactly_one_line() {
                 let expect = usize::from(!matches!(event, Event::RefsSeen { .. }));
                 assert_eq!(commit.lines.len(), expect, "{} in {}", event.name(), state.name());
                 assert_eq!(commit.record.history.count, record.history.count + expect as u64);
+                // Whoever follows the history alone learns each state, and which failures wait for a person.
+                let line =
+                    commit.lines.first().map_or_else(String::new, |l| String::from_utf8_lossy(&l.bytes).into_owned());
+                let to = commit.record.phase.state();
+                let told = line.contains(&format!("\"state\":\"{}\"", to.name()));
+                assert_eq!(told, to != state, "{} in {}: {line}", event.name(), state.name());
+                let holds = record.job.as_ref().is_some_and(|j| j.on_rollout_failure == OnRolloutFailure::Hold);
+                let held = to == State::FailedRollout && to != state && holds;
+                assert_eq!(line.contains("\"held\":true"), held, "{} in {}: {line}", event.name(), state.name());
             }
         }
     }

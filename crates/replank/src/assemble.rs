@@ -21,7 +21,7 @@ use replank_adapters::sqlite::Store;
 use replank_core::fault::Fault;
 use replank_core::phase::Fetched;
 use replank_core::ports::{
-    Builder, Clock as _, Ids as _, Ledger, LedgerError, Platform, Registry, Source, Tokens, Tree,
+    Builder, Clock as _, Cursors, Ids as _, Ledger, LedgerError, Platform, Registry, Source, Tokens, Tree,
 };
 use replank_core::record::{ControllerId, Deployment, Record};
 use replank_core::words::{InstallationId, RevisionId, Version};
@@ -31,6 +31,8 @@ use crate::config::{ExecSettings, RegistrySettings, Settings, manifest};
 use crate::engine::{LocalEngine, Ports, Recipes, Setup, Shared};
 use crate::lock::ControllerLock;
 use crate::system::{SystemClock, SystemIds};
+use crate::telemetry::{Telemetry, Watched};
+use crate::webhooks::{Hook, Secret};
 
 /// Largest release manifest: it is text written by people.
 const MANIFEST_MAX: usize = 256 * 1024;
@@ -43,6 +45,8 @@ pub struct Controller {
     pub shared: Arc<Shared>,
     pub engine: Arc<LocalEngine>,
     pub tokens: Arc<dyn Tokens>,
+    pub cursors: Arc<dyn Cursors>,
+    pub hooks: Vec<Hook>,
     /// Absent where nothing is run.
     pub docker: Option<Arc<DockerPlatform>>,
     /// Kept for as long as the controller: one process for each revision.
@@ -70,6 +74,8 @@ pub async fn controller(settings: &Settings, env: &Environment) -> anyhow::Resul
         Some(exec) => through_exec(settings, exec, env, &mut secrets)?,
         None => on_the_engine(settings, env, &mut secrets)?,
     };
+    let hooks = hooks(settings, env, &mut secrets)?;
+    let telemetry = Arc::new(Telemetry::new(settings.telemetry.otlp_endpoint.as_deref())?);
     let docker = if settings.platform.runs {
         let vantage = match &me {
             ControllerId::Host => Vantage::Host,
@@ -84,7 +90,7 @@ pub async fn controller(settings: &Settings, env: &Environment) -> anyhow::Resul
     let ports = Ports {
         clock,
         ids: ids.clone(),
-        ledger: ledger.clone(),
+        ledger: Arc::new(Watched::new(ledger.clone(), telemetry.clone())),
         logs: Arc::new(SqliteLogs::new(store)),
         source: parts.source.clone(),
         builder: parts.builder,
@@ -106,9 +112,9 @@ pub async fn controller(settings: &Settings, env: &Environment) -> anyhow::Resul
         reads_format: replank_core::format::FORMAT,
         recipes: Arc::new(ReleaseRecipes { settings: settings.clone(), source: parts.source }),
     });
-    let shared = Arc::new(Shared::default());
+    let shared = Arc::new(Shared::new(telemetry));
     let engine = Arc::new(LocalEngine::new(ports.clone(), setup.clone(), shared.clone()));
-    Ok(Controller { ports, setup, shared, engine, tokens: ledger, docker, lock })
+    Ok(Controller { ports, setup, shared, engine, tokens: ledger.clone(), cursors: ledger, hooks, docker, lock })
 }
 
 fn own_version(settings: &Settings) -> Option<Version> {
@@ -290,6 +296,19 @@ fn build_secrets(
         sources.insert(name.clone(), from);
     }
     Ok(sources)
+}
+
+fn hooks(settings: &Settings, env: &Environment, secrets: &mut Vec<String>) -> Result<Vec<Hook>, Fault> {
+    let mut hooks = Vec::new();
+    for hook in &settings.webhooks {
+        let written = secret(&hook.secret, env, "a webhook's secret")?;
+        let secret = Secret::parse(&written).map_err(|rule| {
+            Fault::permanent(rule).advice("make one with: echo whsec_$(head -c 32 /dev/urandom | base64)")
+        })?;
+        secrets.push(written);
+        hooks.push(Hook { url: hook.url.clone(), secret, events: hook.events.clone(), reach: hook.reach });
+    }
+    Ok(hooks)
 }
 
 pub(crate) fn secret(from: &SecretSource, env: &Environment, what: &str) -> Result<String, Fault> {

@@ -14,4 +14,6 @@ pub mod lock;
 pub mod proxy;
 pub mod system;
 pub mod verify;
+pub mod telemetry;
+pub mod webhooks;
 pub mod wiring;

@@ -14,7 +14,9 @@ use replank_core::ports::{EscapeHatch, Ledger, Platform as _, Tokens};
 use replank_core::record::{Actor, ControllerId, Record};
 use replank_core::transition::reverse_of;
 use replank_core::words::Version;
+use replank_exec::outbound::SystemResolver;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::assemble::{self, Controller};
 use crate::config::Settings;
@@ -24,6 +26,7 @@ use crate::engine::{Reconciler, Shared};
 use crate::http::row::Row;
 use crate::http::{Http, Options};
 use crate::system::SystemClock;
+use crate::webhooks::{Courier, Pace};
 
 /// How often the remote is looked at without being asked.
 const CHECK_EVERY: Duration = Duration::from_secs(15 * 60);
@@ -89,7 +92,9 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
 
     let engine = controller.engine.clone();
     let tokens = controller.tokens.clone();
-    let http = Http::new(engine.clone(), tokens, controller.ports.clock.clone(), Options::of(&settings, dev_bypass));
+    let telemetry = controller.shared.telemetry.clone();
+    let options = Options { telemetry: telemetry.clone(), ..Options::of(&settings, dev_bypass) };
+    let http = Http::new(engine.clone(), tokens, controller.ports.clock.clone(), options);
     let reconciler = Reconciler::new(controller.ports.clone(), controller.setup.clone(), controller.shared.clone());
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -100,6 +105,16 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
         }
         tracing::info!("told to stop; what is under way goes on when a controller is back");
     };
+    let courier = Courier {
+        ledger: controller.ports.ledger.clone(),
+        cursors: controller.cursors.clone(),
+        clock: controller.ports.clock.clone(),
+        resolver: Arc::new(SystemResolver),
+        me: controller.setup.me.clone(),
+        live: engine.live(),
+        pace: Pace::default(),
+    };
+    let _telling = AbortOnDropHandle::new(tokio::spawn(courier.run(controller.hooks.clone())));
     let mut looking = tokio::spawn(look_regularly(engine));
     tokio::select! {
         () = crate::http::serve(listener, http, stop) => {}
@@ -107,6 +122,7 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
         ended = &mut looking => ended.context("the regular look at the remote ended")?,
     }
     looking.abort();
+    telemetry.close().await;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -156,6 +172,7 @@ pub async fn deploy(args: DeployArgs) -> anyhow::Result<ExitCode> {
         start(&controller, &args).await?;
     }
     let last = drive(&controller, &mut teller).await?;
+    controller.shared.telemetry.close().await;
     match (&last.phase, &last.running) {
         (Phase::Succeeded { .. }, Some(running)) => {
             let runs = format!("{} {} runs as revision {}", settings.application, running.version, running.revision);

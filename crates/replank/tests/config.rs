@@ -367,6 +367,50 @@ fn named(section: &str) -> BTreeSet<&str> {
     section.lines().filter_map(|line| line.strip_prefix("| `")?.split_once('`')).map(|(key, _)| key).collect()
 }
 
+#[test]
+fn whom_to_tell_is_checked_by_its_spelling() {
+    let with = |text: &str| parse(&format!("application = \"a\"\n[components.a]\n{text}"), &[]);
+    let hook = |url: &str, more: &str| with(&format!("[[webhooks]]\nurl = \"{url}\"\n{more}\n"));
+    let settings =
+        hook("https://hooks.example.org/x?token=y", "secret_env = \"S\"\nevents = [\"held\", \"succeeded\"]").unwrap();
+    assert_eq!((settings.webhooks.len(), settings.webhooks[0].events.len()), (1, 2));
+    assert_eq!(hook("https://hooks.example.org/", "secret_file = \"s\"").unwrap().webhooks[0].events.len(), 8, "all");
+    hook("http://127.0.0.1:9/", "secret_env = \"S\"\nallow_loopback = true").unwrap();
+    for (url, more, expect) in [
+        ("http://hooks.example.org/", "secret_env = \"S\"", "number 1: its URL is not https"),
+        ("https://127.0.0.1/", "secret_env = \"S\"", "loopback"),
+        ("https://10.0.0.1/", "secret_env = \"S\"", "private"),
+        ("https://metadata.google.internal/", "secret_env = \"S\"\nallow_private = true", "metadata"),
+        ("https://u:hunter2@hooks.example.org/", "secret_env = \"S\"", "has a user"),
+        ("hooks.example.org", "secret_env = \"S\"", "cannot be read"),
+        ("https://hooks.example.org/", "", "one of secret_file and secret_env"),
+        ("https://hooks.example.org/", "secret_env = \"S\"\nsecret_file = \"s\"", "one of secret_file and secret_env"),
+        ("https://hooks.example.org/", "secret_env = \"S\"\nevents = []", "told nothing"),
+        ("https://hooks.example.org/", "secret_env = \"S\"\nevents = [\"won\"]", "rollback_failed"),
+    ] {
+        let told = hook(url, more).expect_err(url);
+        assert!(told.contains(expect) && !told.contains("hunter2"), "{url} {more}: {told}");
+    }
+    let twice = "[[webhooks]]\nurl = \"https://a.test/\"\nsecret_env = \"S\"\n".repeat(2);
+    assert!(with(&twice).unwrap_err().contains("number 2: another one has the same URL"));
+
+    let telemetry = |text: &str| with(&format!("[telemetry]\n{text}\n"));
+    let quiet = with("").unwrap().telemetry;
+    assert_eq!((quiet.metrics_are_public, quiet.otlp_endpoint), (false, None));
+    assert!(telemetry("metrics = \"public\"").unwrap().telemetry.metrics_are_public);
+    for (url, expect) in [
+        ("http://127.0.0.1:4318", "http://127.0.0.1:4318/v1/traces"),
+        ("https://otel.example.org/base/", "https://otel.example.org/base/v1/traces"),
+        ("https://otel.example.org/v1/traces", "https://otel.example.org/v1/traces"),
+    ] {
+        let settings = telemetry(&format!("otlp_endpoint = \"{url}\"")).unwrap();
+        assert_eq!(settings.telemetry.otlp_endpoint.as_deref(), Some(expect));
+    }
+    for bad in ["127.0.0.1:4318", "grpc://x:4317", "https://u:p@x/", "https://x/?key=1"] {
+        assert!(telemetry(&format!("otlp_endpoint = \"{bad}\"")).unwrap_err().contains("collector's URL"), "{bad}");
+    }
+}
+
 const AZ_EXEC: &str = r#"
 application = "plane"
 [build]

@@ -12,7 +12,7 @@ use crate::process;
 const USUAL_SOCKET: &str = "/var/run/docker.sock";
 
 /// A program or file whose presence proves that the package is there; several where distributions differ.
-const NEEDED: [(&str, &[&str]); 12] = [
+const NEEDED: [(&str, &[&str]); 13] = [
     ("docker.io", &["/usr/sbin/dockerd", "/usr/bin/dockerd"]),
     // Ubuntu and newer Debian have the client in a package of its own; see `packages`.
     ("docker-cli", &["/usr/bin/docker"]),
@@ -27,6 +27,16 @@ const NEEDED: [(&str, &[&str]); 12] = [
     ("bindfs", &["/usr/bin/bindfs"]),
     // The fuzzer that the tests run is built from its C++ sources.
     ("g++", &["/usr/bin/g++", "/usr/bin/c++"]),
+    // What the API's check runs in. The part of Python that is a package of its own lies below the version's directory.
+    (
+        "python3-venv",
+        &[
+            "/usr/lib/python3.11/ensurepip/__init__.py",
+            "/usr/lib/python3.12/ensurepip/__init__.py",
+            "/usr/lib/python3.13/ensurepip/__init__.py",
+            "/usr/lib/python3.14/ensurepip/__init__.py",
+        ],
+    ),
     ("ca-certificates", &["/etc/ssl/certs/ca-certificates.crt"]),
 ];
 

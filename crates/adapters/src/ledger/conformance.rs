@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use replank_core::history::{Audit, Verifier, seal};
-use replank_core::ports::{Etag, Ledger, LedgerError, Presence, REFUSALS_KEPT, Refusal, Role, Token, Tokens};
+use replank_core::ports::{
+    Cursor, Cursors, Etag, Ledger, LedgerError, Presence, REFUSALS_KEPT, Refusal, Role, Token, Tokens,
+};
 use replank_core::record::{ControllerId, Record};
 use replank_core::words::{AppName, CommitSha, Digest, InstallationId, Millis, RevisionId};
 
@@ -223,6 +225,18 @@ pub(crate) async fn tokens(tokens: &dyn Tokens) {
     tokens.used("token-2", Millis(200_000)).await.expect("used");
     let used = tokens.by_hash(&second.hash).await.expect("by hash").expect("token").last_used_at;
     assert_eq!(used, Some(Millis(200_000)));
+}
+
+pub(crate) async fn cursors(one: &dyn Cursors, two: &dyn Cursors) {
+    let at = |seq: u64, closing: &str| Cursor { seq, closing: closing.to_owned() };
+    assert_eq!(one.cursor("a").await.expect("cursor"), None);
+    one.keep_cursor("a", &at(3, "")).await.expect("keep");
+    two.keep_cursor("b", &at(9, "job")).await.expect("keep");
+    assert_eq!(two.cursor("a").await.expect("cursor"), Some(at(3, "")));
+    two.keep_cursor("a", &at(3, "job")).await.expect("keep");
+    two.keep_cursor("a", &at(2, "late")).await.expect("keep");
+    assert_eq!(one.cursor("a").await.expect("cursor"), Some(at(3, "job")), "never back");
+    assert_eq!(one.cursor("b").await.expect("cursor"), Some(at(9, "job")));
 }
 
 pub(crate) async fn refusals(tokens: &dyn Tokens, how_many: usize) {

@@ -6,7 +6,9 @@ use async_trait::async_trait;
 use replank_core::fault::Fault;
 use replank_core::format::{self, FORMAT, FormatError};
 use replank_core::history::Line;
-use replank_core::ports::{Etag, Ledger, LedgerError, Presence, REFUSALS_KEPT, Refusal, Role, Token, Tokens};
+use replank_core::ports::{
+    Cursor, Cursors, Etag, Ledger, LedgerError, Presence, REFUSALS_KEPT, Refusal, Role, Token, Tokens,
+};
 use replank_core::record::{ControllerId, Record};
 use replank_core::words::{AppName, CommitSha, Digest, Millis};
 use rusqlite::{Connection, OptionalExtension as _, Row, Transaction, params};
@@ -240,6 +242,36 @@ impl Ledger for SqliteLedger {
         }
         let parse = |(tag, sha): (String, String)| CommitSha::new(sha).map(|sha| (tag, sha));
         found.into_iter().map(parse).collect::<Result<_, _>>().map_err(|e| unreadable("a pinned commit is not one", e))
+    }
+}
+
+#[async_trait]
+impl Cursors for SqliteLedger {
+    async fn cursor(&self, reader: &str) -> Result<Option<Cursor>, LedgerError> {
+        let reader = reader.to_owned();
+        let body: Option<Vec<u8>> = self
+            .read(move |tx, app| {
+                let mut select = tx.prepare("SELECT body FROM cursor WHERE app = ?1 AND reader = ?2")?;
+                Ok(select.query_row([app, reader.as_str()], |row| row.get(0)).optional()?)
+            })
+            .await?;
+        let parse = |body: Vec<u8>| serde_json::from_slice(&body);
+        body.map(parse).transpose().map_err(|e| unreadable("a stored cursor is not one", e))
+    }
+
+    async fn keep_cursor(&self, reader: &str, cursor: &Cursor) -> Result<(), LedgerError> {
+        let (reader, seq) = (reader.to_owned(), int(cursor.seq));
+        let body = serde_json::to_vec(cursor).map_err(|e| unreadable("the cursor has no stored form", e))?;
+        self.write(move |tx, app| {
+            tx.execute(
+                "INSERT INTO cursor (app, reader, seq, body) VALUES (?1, ?2, ?3, ?4)
+                 ON CONFLICT (app, reader) DO UPDATE SET seq = excluded.seq, body = excluded.body
+                 WHERE excluded.seq >= cursor.seq",
+                params![app, reader, seq, body],
+            )?;
+            Ok(())
+        })
+        .await
     }
 }
 

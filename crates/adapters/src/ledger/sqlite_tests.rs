@@ -22,6 +22,13 @@ async fn it_conforms_over_two_connections() {
 }
 
 #[tokio::test]
+async fn cursors_conform() {
+    let dir = tempfile::tempdir().expect("dir");
+    let (one, two) = two(dir.path()).await;
+    conformance::cursors(&one, &two).await;
+}
+
+#[tokio::test]
 async fn tokens_conform() {
     let dir = tempfile::tempdir().expect("dir");
     let (one, _) = two(dir.path()).await;

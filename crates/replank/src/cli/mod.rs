@@ -40,6 +40,7 @@ Environment:
   REPLANK_TOKEN_FILE  file with a token (--token-file)
   REPLANK_CONFIG      path of replank.toml (--config)
   REPLANK_LOG         log filter, such as debug or replank=trace
+  REPLANK_LOG_FORMAT  human or json (--log-format)
   NO_COLOR            no colours";
 
 const EXAMPLES: &str = "\
@@ -79,14 +80,13 @@ pub struct Global {
     /// Write stable JSON instead of text for people
     #[arg(long, global = true, help_heading = "Everywhere")]
     pub json: bool,
-    /// How log lines on standard error look
-    #[arg(long, global = true, value_enum, default_value_t, help_heading = "Everywhere")]
-    pub log_format: LogFormat,
+    /// How log lines on standard error look [default: human]
+    #[arg(long, global = true, value_enum, help_heading = "Everywhere")]
+    pub log_format: Option<LogFormat>,
 }
 
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
-    #[default]
     Human,
     Json,
 }
@@ -140,6 +140,8 @@ pub enum Command {
     /// Run git, az and a few other programs for whoever holds a token, with policed arguments: for builds in another container.
     #[command(after_help = crate::exec_server::ENVIRONMENT)]
     ExecServer,
+    /// Print the description of the service's API (OpenAPI 3.1), as it serves it at /openapi.json.
+    Openapi,
     /// Print a completion script for a shell.
     #[command(after_help = "Example: replank completions bash > /etc/bash_completion.d/replank")]
     Completions { shell: clap_complete::Shell },
@@ -324,7 +326,13 @@ pub fn main(args: impl Iterator<Item = OsString>, env: &Environment) -> ExitCode
     };
     // A service's log is its voice; a command speaks for itself, and only trouble may break in.
     let usual = if matches!(cli.command, Command::Serve(_) | Command::Proxy(_)) { "info" } else { "warn" };
-    log(cli.global.log_format, env, usual);
+    let named = env.get("REPLANK_LOG_FORMAT");
+    let unknown = named.filter(|name| LogFormat::from_str(name, true).is_err());
+    let format = cli.global.log_format.or_else(|| LogFormat::from_str(named?, true).ok());
+    log(format.unwrap_or(LogFormat::Human), env, usual);
+    if let Some(unknown) = unknown {
+        tracing::warn!("REPLANK_LOG_FORMAT is {unknown:?}, which is no log format; write human or json");
+    }
     // Refuses a second provider only, and then the first one serves.
     if rustls::crypto::ring::default_provider().install_default().is_err() {
         tracing::debug!("a TLS provider was installed before");
@@ -334,6 +342,10 @@ pub fn main(args: impl Iterator<Item = OsString>, env: &Environment) -> ExitCode
         // It makes its own, smaller runtime.
         Command::Proxy(args) => crate::proxy::run(args).map(|()| ExitCode::SUCCESS).map_err(Failure::from),
         Command::ExecServer => crate::exec_server::run(env),
+        Command::Openapi => std::io::stdout()
+            .write_all(&crate::http::document_text())
+            .map(|()| ExitCode::SUCCESS)
+            .map_err(Failure::from),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "replank", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)

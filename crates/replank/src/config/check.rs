@@ -11,6 +11,7 @@ use replank_core::words::{ComponentName, InstallationId};
 
 use super::data::data;
 use super::env::Environment;
+use super::outward;
 use super::places::{az_exec_rules, exec, is_listed, registry};
 use super::reader::{Document, Problem, nearest};
 use super::{
@@ -74,6 +75,8 @@ pub fn settings(doc: &Document, file: &Path, env: &Environment) -> Result<Settin
             "add `application = \"NAME\"` at the top of the file",
         );
     }
+    let telemetry = outward::telemetry(doc, raw.telemetry);
+    let webhooks = outward::webhooks(doc, raw.webhooks, &at);
     let mut problems = doc.problems();
     problems.extend(outside);
     let Some(application) = raw.application.filter(|_| problems.is_empty()) else {
@@ -93,6 +96,8 @@ pub fn settings(doc: &Document, file: &Path, env: &Environment) -> Result<Settin
         policy,
         mode,
         on_rollout_failure,
+        telemetry,
+        webhooks,
         admin_oids: list(env.get("UPGRADE_ADMIN_OIDS")),
         app_version: env.get("APP_VERSION").map(str::to_owned),
         container_app: env.get("CONTAINER_APP_NAME").map(str::to_owned),

@@ -4,6 +4,7 @@ mod check;
 mod data;
 pub mod env;
 pub mod manifest;
+mod outward;
 mod places;
 mod raw;
 pub mod reader;
@@ -22,8 +23,11 @@ use replank_core::phase::Mode;
 use replank_core::policy::Policy;
 use replank_core::record::OnRolloutFailure;
 use replank_core::words::{AppName, ComponentName, ContainerName, InstallationId};
+use replank_exec::outbound::Reach;
+use url::Url;
 
 use env::Environment;
+pub use outward::WebhookEvent;
 pub use raw::Builder;
 use reader::{Document, Problem, TEXT_MAX};
 
@@ -52,6 +56,8 @@ pub struct Settings {
     pub policy: Policy,
     pub mode: Mode,
     pub on_rollout_failure: OnRolloutFailure,
+    pub telemetry: TelemetrySettings,
+    pub webhooks: Vec<WebhookSettings>,
     /// `UPGRADE_ADMIN_OIDS`: counts for verified identities only, never for tokens.
     pub admin_oids: BTreeSet<String>,
     /// `APP_VERSION`: the version that this controller's own image was built as.
@@ -137,6 +143,23 @@ pub struct ExecSettings {
     pub wait_out: Duration,
     /// The managed identity that `az` and the registry's client sign in as.
     pub client_id: Option<String>,
+}
+
+#[derive(Debug, Clone)]
+pub struct TelemetrySettings {
+    /// `/metrics` needs no token.
+    pub metrics_are_public: bool,
+    /// Where spans go: the whole URL, `/v1/traces` included.
+    pub otlp_endpoint: Option<String>,
+}
+
+#[derive(Debug, Clone)]
+pub struct WebhookSettings {
+    pub url: Url,
+    pub secret: SecretSource,
+    /// Never empty.
+    pub events: BTreeSet<WebhookEvent>,
+    pub reach: Reach,
 }
 
 #[derive(Debug, Clone)]

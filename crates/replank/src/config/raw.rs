@@ -11,6 +11,8 @@ use replank_core::record::OnRolloutFailure;
 use replank_core::words::{AppName, ComponentName, ContainerName};
 use serde::Deserialize;
 
+use super::outward::WebhookEvent;
+
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Raw {
@@ -38,6 +40,10 @@ pub struct Raw {
     pub backup: Option<BackupConfig>,
     #[serde(default)]
     pub policy: Policy,
+    #[serde(default)]
+    pub telemetry: Telemetry,
+    #[serde(default)]
+    pub webhooks: Vec<Webhook>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -182,6 +188,35 @@ pub struct Component {
 #[serde(deny_unknown_fields)]
 pub struct Docker {
     pub socket: Option<PathBuf>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Webhook {
+    pub url: String,
+    pub secret_file: Option<PathBuf>,
+    pub secret_env: Option<String>,
+    pub events: Option<Vec<WebhookEvent>>,
+    #[serde(default)]
+    pub allow_loopback: bool,
+    #[serde(default)]
+    pub allow_private: bool,
+}
+
+#[derive(Debug, Deserialize, Default)]
+#[serde(deny_unknown_fields)]
+pub struct Telemetry {
+    #[serde(default)]
+    pub metrics: Metrics,
+    pub otlp_endpoint: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Metrics {
+    #[default]
+    Token,
+    Public,
 }
 
 #[derive(Debug, Deserialize, Default)]

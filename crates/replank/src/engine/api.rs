@@ -9,22 +9,35 @@ use replank_core::record::{Actor, Record, TargetKind};
 use replank_core::words::{ComponentName, JobId, Millis, Version};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
+use utoipa::ToSchema;
+use utoipa::openapi::schema::{Object, ObjectBuilder, SchemaType, Type};
 
 /// A start as a client asks for it (contract §2), before anything is checked.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(description = "What to start. Without a target it is the newest release.")]
 pub struct StartRequest {
+    /// `A.B.C`, with or without `v`.
     #[serde(default)]
+    #[schema(pattern = r"^v?(0|[1-9][0-9]{0,18})(\.(0|[1-9][0-9]{0,18})){2}(-commit\.[0-9a-f]{7,40})?$")]
     pub target_version: Option<String>,
     #[serde(default)]
+    #[schema(pattern = "^[0-9a-f]{40}$")]
     pub target_sha: Option<String>,
     #[serde(default)]
+    #[schema(schema_with = kinds)]
     pub target_kind: Option<TargetKind>,
+    /// Users may notice, and whoever starts knows it.
     #[serde(default)]
+    #[schema(schema_with = yes, required = true)]
     pub confirm_downtime: bool,
+    /// For the history.
     #[serde(default)]
+    #[schema(max_length = 280)]
     pub reason: Option<String>,
+    /// Makes a repeated start harmless.
     #[serde(default)]
+    #[schema(pattern = "^[A-Za-z0-9._-]{1,64}$")]
     pub idempotency_key: Option<String>,
     /// Build and push, and touch nothing that runs.
     #[serde(default)]
@@ -35,6 +48,18 @@ pub struct StartRequest {
     /// Start a release after which the version before it cannot use the data, knowingly.
     #[serde(default)]
     pub accept_one_way: bool,
+}
+
+fn kinds() -> Object {
+    let null = serde_json::Value::Null;
+    ObjectBuilder::new()
+        .schema_type(SchemaType::from_iter([Type::String, Type::Null]))
+        .enum_values(Some(["release".into(), "commit".into(), null]))
+        .build()
+}
+
+fn yes() -> Object {
+    ObjectBuilder::new().schema_type(Type::Boolean).enum_values(Some([true])).build()
 }
 
 /// Why a command was not carried out. Each text is one sentence with what to do next, free of secrets.

@@ -48,8 +48,9 @@ impl Executor {
     /// Runs an action beside the loop. Aborting the handle drops the work.
     pub(super) fn spawn(self: Arc<Self>, record: Record, task: TaskId, action: Action, tries: u32) -> JoinHandle<()> {
         tokio::spawn(async move {
+            let (record, from) = (Arc::new(record), self.ports.clock.now());
             let inner = {
-                let this = self.clone();
+                let (this, record) = (self.clone(), record.clone());
                 tokio::spawn(async move { this.carry_out_in_time(&record, action).await })
             };
             let result = match AbortOnDropHandle::new(inner).await {
@@ -59,6 +60,7 @@ impl Executor {
                     .because(error)),
             };
             let at = self.ports.clock.now();
+            self.shared.telemetry.step(&record, &task, from, at, &result);
             let ended = match result {
                 Ok(outcome) => Ended::Well { outcome, at },
                 Err(fault) => {

@@ -11,4 +11,5 @@ mod setup;
 
 pub use commands::LocalEngine;
 pub use reconcile::Reconciler;
+pub(crate) use reconcile::describe;
 pub use setup::{Ports, Recipes, Setup, Shared};

@@ -78,6 +78,7 @@ impl Reconciler {
         let mut trouble = Duration::ZERO;
         loop {
             self.shared.turned(self.ports.clock.now());
+            self.shared.telemetry.turn();
             match self.turn(&mut done).await {
                 Ok(None) => return,
                 Ok(Some(Turn::Again)) => trouble = Duration::ZERO,
@@ -339,7 +340,7 @@ async fn beat(ports: Ports, setup: Arc<Setup>) {
 }
 
 /// The cause chain of a ledger's error on one line.
-pub(super) fn describe(error: &LedgerError) -> String {
+pub(crate) fn describe(error: &LedgerError) -> String {
     match error {
         LedgerError::Conflict => error.to_string(),
         LedgerError::Unavailable(fault) | LedgerError::Indeterminate(fault) | LedgerError::Unreadable(fault) => {

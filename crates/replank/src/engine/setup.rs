@@ -13,6 +13,7 @@ use replank_core::words::{AppName, ComponentName, InstallationId, Millis, Versio
 use tokio::sync::{Notify, watch};
 
 use super::api::Live;
+use crate::telemetry::Telemetry;
 
 /// The world, as the engine sees it.
 #[derive(Debug, Clone)]
@@ -66,16 +67,23 @@ pub struct Setup {
 pub struct Shared {
     pub wake: Notify,
     pub live: watch::Sender<Live>,
+    /// What happened is told there too; nothing is read from it.
+    pub telemetry: Arc<Telemetry>,
     last_turn: AtomicI64,
 }
 
 impl Default for Shared {
     fn default() -> Self {
-        Self { wake: Notify::new(), live: watch::Sender::new(Live::default()), last_turn: AtomicI64::new(0) }
+        Self::new(Arc::default())
     }
 }
 
 impl Shared {
+    pub fn new(telemetry: Arc<Telemetry>) -> Self {
+        let live = watch::Sender::new(Live::default());
+        Self { wake: Notify::new(), live, telemetry, last_turn: AtomicI64::new(0) }
+    }
+
     pub fn woken(&self) {
         self.wake.notify_one();
     }
@@ -108,6 +116,7 @@ impl Shared {
 
     pub fn turned(&self, now: Millis) {
         self.last_turn.store(now.0, Ordering::Relaxed);
+        self.telemetry.loop_lives(now);
     }
 
     /// When the loop last began a turn.

@@ -1,11 +1,29 @@
-//! The one place where refusals become status codes and bodies. Every error body is JSON with `detail`.
+//! The one place where refusals become status codes and bodies. Every error body is a problem (RFC 9457) with `detail`.
 
 use axum::Json;
 use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
-use serde_json::json;
+use serde::Serialize;
+use utoipa::ToSchema;
 
 use crate::engine::api::Refusal;
+
+/// The content type of every error.
+pub const PROBLEM: &str = "application/problem+json";
+
+/// An error as RFC 9457 has it.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Problem {
+    /// Always `about:blank`: the status says of what kind the problem is.
+    #[serde(rename = "type")]
+    pub kind: &'static str,
+    /// The status in words.
+    pub title: &'static str,
+    #[schema(minimum = 400, maximum = 599)]
+    pub status: u16,
+    /// What is wrong, why, and what to do next; free of secrets.
+    pub detail: String,
+}
 
 /// An answer that is not a success. What a 5xx was about stands in the log, not in the body.
 #[derive(Debug)]
@@ -63,7 +81,14 @@ impl From<Refusal> for ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let mut response = (self.status, Json(json!({ "detail": self.detail }))).into_response();
+        let problem = Problem {
+            kind: "about:blank",
+            title: self.status.canonical_reason().unwrap_or("Error"),
+            status: self.status.as_u16(),
+            detail: self.detail,
+        };
+        let mut response = (self.status, Json(problem)).into_response();
+        response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(PROBLEM));
         if let Some(seconds) = self.retry_after_s {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
         }

@@ -12,6 +12,8 @@ use http::{HeaderValue, header};
 use replank_core::words::Millis;
 use tokio::sync::watch;
 use tokio::time::Instant;
+use utoipa::ToSchema;
+use utoipa::openapi::schema::{Object, ObjectBuilder, Type};
 
 use super::App;
 use super::auth::Caller;
@@ -23,6 +25,26 @@ use crate::engine::api::Live;
 /// What clients are told to wait before they come back, in milliseconds.
 const RETRY_MS: u64 = 1_000;
 
+/// One event of the stream, its fields by name.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "the stream is written as text; this is its shape for the document")]
+struct StateEvent {
+    #[schema(schema_with = names)]
+    event: String,
+    /// Grows with every change, within one process.
+    #[schema(pattern = "^[0-9]+$")]
+    id: String,
+    /// Of `status`, the row; of `trouble`, an object with `detail`.
+    #[schema(content_media_type = "application/json")]
+    data: String,
+    /// Milliseconds to wait before coming back; in the first event.
+    retry: Option<u64>,
+}
+
+fn names() -> Object {
+    ObjectBuilder::new().schema_type(Type::String).enum_values(Some(["status", "trouble"])).build()
+}
+
 struct Events {
     app: App,
     caller: Caller,
@@ -32,6 +54,10 @@ struct Events {
     _permit: StreamPermit,
 }
 
+/// The row at once and on every change, as server-sent events: `status` with a row, or `trouble` with `detail`.
+#[utoipa::path(get, path = "/events", tag = "upgrade", security(("token" = [])),
+    responses((status = 200, description = "A stream without an end; the schema is one event's",
+        body = StateEvent, content_type = "text/event-stream; charset=utf-8")))]
 pub async fn events(State(app): State<App>, caller: Caller) -> Result<Response, ApiError> {
     let permit = open(&app, &caller)?;
     let mut live = app.engine.live();

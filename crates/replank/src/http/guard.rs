@@ -15,7 +15,7 @@ use super::serve::Peer;
 use super::{App, Http};
 
 /// Answered under any host name, since a platform probes by address, and nothing in them is worth rebinding for.
-const OPEN: [&str; 3] = ["/api/health", "/livez", "/readyz"];
+pub const OPEN: [&str; 3] = ["/api/health", "/livez", "/readyz"];
 
 /// Longest method and path that are written down with a refusal.
 const ACTION_MAX: usize = 128;

@@ -3,7 +3,7 @@
 use std::io;
 
 use axum::body::Body;
-use axum::extract::{Path, Query, State};
+use axum::extract::State;
 use axum::response::Response;
 use bytes::Bytes;
 use futures_util::stream;
@@ -11,21 +11,47 @@ use http::{HeaderValue, StatusCode, header};
 use replank_core::words::{ComponentName, JobId};
 use serde::Deserialize;
 use tokio::time::Instant;
+use utoipa::IntoParams;
+use utoipa::openapi::schema::{Object, ObjectBuilder, Type};
 
 use super::App;
 use super::auth::{Admin, Caller};
 use super::errors::ApiError;
 use super::events::open;
+use super::extract::{Asked, Named, number};
 use super::limits::StreamPermit;
 use crate::engine::api::LogRead;
 
 /// One read of the store: large enough to be cheap, small enough to hold for every stream at once.
 const CHUNK: usize = 64 * 1024;
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 pub struct Ask {
+    /// Go on until the build ends.
+    #[param(schema_with = switch)]
     follow: Option<String>,
+    /// How many bytes to leave out.
+    #[param(schema_with = offset)]
     from: Option<String>,
+}
+
+/// Without a format, which would bound it: an offset beyond the end is an empty answer.
+fn offset() -> Object {
+    ObjectBuilder::new().schema_type(Type::Integer).minimum(Some(0)).default(Some(0.into())).build()
+}
+
+fn switch() -> Object {
+    ObjectBuilder::new().schema_type(Type::String).enum_values(Some(["0", "1", "false", "true"])).build()
+}
+
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Path)]
+pub struct Which {
+    #[param(pattern = "^[A-Za-z0-9_-][A-Za-z0-9._-]{3,63}$")]
+    job_id: String,
+    /// One of the configured components.
+    component: String,
 }
 
 struct Reader {
@@ -42,13 +68,22 @@ struct Reader {
     _permit: StreamPermit,
 }
 
+/// A component's build log: the stored bytes, from an offset, followed where that is asked for.
+#[utoipa::path(get, path = "/jobs/{job_id}/build-log/{component}", tag = "upgrade", security(("token" = ["admin"])),
+    params(Which, Ask), responses(
+        (status = 200, description = "The log; empty where the current job's has not begun",
+            body = String, content_type = "text/plain; charset=utf-8"),
+        (status = 400, description = "A bad job id, an unknown component or a bad parameter"),
+        (status = 404, description = "There is no such log"),
+    ))]
 pub async fn build_log(
     State(app): State<App>,
     Admin(caller): Admin,
-    Path((job, component)): Path<(String, String)>,
-    Query(ask): Query<Ask>,
+    Named(which): Named<Which>,
+    Asked(ask): Asked<Ask>,
 ) -> Result<Response, ApiError> {
-    let job = JobId::new(job).map_err(|error| ApiError::bad_request(error.to_string()))?;
+    let component = which.component;
+    let job = JobId::new(which.job_id).map_err(|error| ApiError::bad_request(error.to_string()))?;
     let known = app.engine.components();
     // A data step has a log too, under its own name.
     let is_step = component == "backup"
@@ -59,11 +94,11 @@ pub async fn build_log(
         ApiError::bad_request(format!("there is no such component; the components are {}", known.join(", ")))
     })?;
     let from = match ask.from.as_deref() {
-        None | Some("") => 0,
-        Some(text) => text.parse().map_err(|_| ApiError::bad_request("`from` is a number of bytes"))?,
+        None => 0,
+        Some(text) => number("from", text)?,
     };
     let follow = match ask.follow.as_deref() {
-        None | Some("" | "0" | "false") => false,
+        None | Some("0" | "false") => false,
         Some("1" | "true") => true,
         Some(_) => return Err(ApiError::bad_request("`follow` is 1 or 0")),
     };

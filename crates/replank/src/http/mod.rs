@@ -1,15 +1,19 @@
 //! The HTTP face (contract §2): routes, sign-in, guards and views. Handlers only call engine commands.
 
 mod auth;
+mod document;
 mod errors;
 mod events;
+mod extract;
 mod guard;
 mod limits;
 mod logs;
+mod metrics;
 mod patience;
 mod routes;
 pub mod row;
 mod serve;
+mod views;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -19,8 +23,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::Settings;
 use crate::engine::api::Engine;
+use crate::telemetry::Telemetry;
 
 pub use auth::{SECRET_PREFIX, dev_bypass, hash_secret};
+pub use document::{document, text as document_text};
 pub use limits::Limits;
 pub use serve::serve;
 
@@ -36,6 +42,9 @@ pub struct Options {
     /// The application's own version, for `/api/health`.
     pub version: String,
     pub limits: Limits,
+    /// `/metrics` needs no token.
+    pub metrics_are_public: bool,
+    pub telemetry: Arc<Telemetry>,
 }
 
 impl Options {
@@ -46,6 +55,8 @@ impl Options {
             remote: settings.shown_remote().unwrap_or_default(),
             version: settings.app_version.clone().unwrap_or_else(|| env!("CARGO_PKG_VERSION").to_owned()),
             limits: Limits::default(),
+            metrics_are_public: settings.telemetry.metrics_are_public,
+            telemetry: Arc::default(),
         }
     }
 }

@@ -1,26 +1,25 @@
-//! The routes of contract §2: each takes the request apart, calls one engine command and shapes the answer.
+//! The routes of contract §2: each takes the request apart, calls one engine command and shapes the answer. What stands above
+//! a handler is its part of the API's document; `document.rs` adds what all routes have in common.
 
-use axum::extract::{Query, State};
-use axum::routing::{get, post};
+use axum::extract::State;
+use axum::response::IntoResponse;
 use axum::{Json, Router, middleware};
-use bytes::Bytes;
-use http::StatusCode;
-use http_body_util::{BodyExt as _, LengthLimitError, Limited};
-use replank_core::ports::TagRef;
+use http::{StatusCode, header};
 use replank_core::record::{Record, TargetKind};
 use replank_core::words::{CommitSha, IdempotencyKey, Version};
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
+use utoipa::openapi::schema::{Object, ObjectBuilder, Type};
+use utoipa::{IntoParams, ToSchema};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 use super::auth::{Admin, Caller};
 use super::errors::ApiError;
-use super::events::{events, time};
+use super::extract::{Asked, Body, number};
 use super::guard::{guard, nothing_here, wrong_method};
-use super::limits::BODY_MAX;
-use super::logs::build_log;
 use super::row::Row;
-use super::{App, row};
+use super::{App, document, events, logs, metrics, row, views};
 use crate::engine::api::StartRequest;
 
 /// Contract §2, in characters.
@@ -29,82 +28,83 @@ const HISTORY_DEFAULT: usize = 50;
 /// Most history lines of one answer; a line has a few hundred bytes.
 const HISTORY_MAX: usize = 1_000;
 
-type Answer = Result<Json<Value>, ApiError>;
+type Answer<T> = Result<Json<T>, ApiError>;
 type Accepted = Result<(StatusCode, Json<Row>), ApiError>;
 type Tried = Result<Record, ApiError>;
 
-pub fn router(app: App) -> Router {
-    let upgrade = Router::new()
-        .route("/status", get(status))
-        .route("/candidates", get(candidates))
-        .route("/check", post(check))
-        .route("/settings", post(settings))
-        .route("/start", post(start))
-        .route("/jobs/{job_id}/build-log/{component}", get(build_log))
-        .route("/rollback-preflight", get(preflight))
-        .route("/rollback", post(rollback))
-        .route("/cancel", post(cancel))
-        .route("/confirm", post(confirm))
-        .route("/reset", post(reset))
-        .route("/escape-hatch", get(escape_hatch))
-        .route("/history", get(history))
-        .route("/events", get(events));
-    Router::new()
+/// Every route, with its part of the document. A route belongs here and nowhere else.
+pub fn routes() -> OpenApiRouter<App> {
+    let upgrade = OpenApiRouter::new()
+        .routes(routes!(status))
+        .routes(routes!(candidates))
+        .routes(routes!(check))
+        .routes(routes!(settings))
+        .routes(routes!(start))
+        .routes(routes!(logs::build_log))
+        .routes(routes!(preflight))
+        .routes(routes!(rollback))
+        .routes(routes!(cancel))
+        .routes(routes!(confirm))
+        .routes(routes!(reset))
+        .routes(routes!(escape_hatch))
+        .routes(routes!(history))
+        .routes(routes!(events::events));
+    OpenApiRouter::with_openapi(document::empty())
         .nest("/api/upgrade", upgrade)
-        .route("/api/health", get(health))
-        .route("/livez", get(|| async { Json(json!({ "status": "ok" })) }))
-        .route("/readyz", get(ready))
+        .routes(routes!(health))
+        .routes(routes!(live))
+        .routes(routes!(ready))
+        .routes(routes!(openapi))
+        .routes(routes!(metrics::metrics))
+}
+
+pub fn router(app: App) -> Router {
+    Router::from(routes())
         .fallback(nothing_here)
         .method_not_allowed_fallback(wrong_method)
         .layer(middleware::from_fn_with_state(app.clone(), guard))
+        .layer(middleware::from_fn_with_state(app.clone(), metrics::count))
         .with_state(app)
 }
 
-/// A request's body, bounded, as JSON. Fields that are not known are refused.
-struct Body(Bytes);
-
-impl axum::extract::FromRequest<App> for Body {
-    type Rejection = ApiError;
-    async fn from_request(request: axum::extract::Request, _: &App) -> Result<Self, ApiError> {
-        match Limited::new(request.into_body(), BODY_MAX).collect().await {
-            Ok(body) => Ok(Self(body.to_bytes())),
-            Err(error) if error.is::<LengthLimitError>() => {
-                let detail = format!("the body is longer than {BODY_MAX} bytes");
-                Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, detail))
-            }
-            Err(_) => Err(ApiError::bad_request("the body did not come in whole")),
-        }
-    }
-}
-
-impl Body {
-    fn required<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
-        serde_json::from_slice(&self.0).map_err(|error| match error.classify() {
-            serde_json::error::Category::Data => {
-                ApiError::invalid(format!("the body is not what it should be: {error}"))
-            }
-            _ => ApiError::bad_request("the body is not JSON"),
-        })
-    }
-
-    fn optional<T: DeserializeOwned + Default>(&self) -> Result<T, ApiError> {
-        if self.0.is_empty() { Ok(T::default()) } else { self.required() }
-    }
-}
-
-#[derive(Debug, Default, Deserialize)]
+/// Why something is done, for the history.
+#[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct Reason {
+    #[schema(max_length = 280)]
     reason: Option<String>,
 }
 
-#[derive(Debug, Default, Deserialize)]
+/// Why, and what is known of the data.
+#[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct Rollback {
+    #[schema(max_length = 280)]
     reason: Option<String>,
     /// The data are those of the version that is restored, where a data step had closed the way back.
     #[serde(default)]
     data_restored: bool,
+}
+
+/// Why a job is given up, for the history.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct ResetReason {
+    /// Not only blanks.
+    #[schema(min_length = 1, max_length = 280, pattern = r"\S")]
+    reason: String,
+}
+
+/// A body that says nothing.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct Nothing {}
+
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct Wanted {
+    /// Whether commits of the tracking branch may be started.
+    track_commits: bool,
 }
 
 impl Reason {
@@ -131,13 +131,28 @@ fn accepted(app: &App, record: &Record) -> Accepted {
     Ok((StatusCode::ACCEPTED, Json(view(app, record))))
 }
 
-async fn health(State(app): State<App>) -> Json<Value> {
-    Json(json!({ "status": "ok", "version": app.options.version, "replank": env!("CARGO_PKG_VERSION") }))
+/// Who answers here, in which version.
+#[utoipa::path(get, path = "/api/health", tag = "service",
+    responses((status = 200, description = "It answers", body = views::Health)))]
+async fn health(State(app): State<App>) -> Json<views::Health> {
+    Json(views::Health { status: "ok", version: app.options.version.clone(), replank: env!("CARGO_PKG_VERSION") })
 }
 
-async fn ready(State(app): State<App>) -> Answer {
+/// Whether the process answers.
+#[utoipa::path(get, path = "/livez", tag = "service",
+    responses((status = 200, description = "It answers", body = views::Sign)))]
+async fn live() -> Json<views::Sign> {
+    Json(views::Sign { status: "ok" })
+}
+
+/// Whether the ledger answers and the loop turns.
+#[utoipa::path(get, path = "/readyz", tag = "service", responses(
+    (status = 200, description = "Ready", body = views::Sign),
+    (status = 503, description = "Not ready; the service's log says why"),
+))]
+async fn ready(State(app): State<App>) -> Answer<views::Sign> {
     match app.engine.ready().await {
-        Ok(()) => Ok(Json(json!({ "status": "ready" }))),
+        Ok(()) => Ok(Json(views::Sign { status: "ready" })),
         Err(refusal) => {
             tracing::warn!(why = %refusal, "not ready");
             // Nobody is signed in here, so the reason stays in the log.
@@ -146,49 +161,44 @@ async fn ready(State(app): State<App>) -> Answer {
     }
 }
 
-async fn status(State(app): State<App>, _: Caller) -> Result<Json<Row>, ApiError> {
+/// This document.
+#[utoipa::path(get, path = "/openapi.json", tag = "service",
+    responses((status = 200, description = "OpenAPI 3.1", body = Object, content_type = "application/json")))]
+async fn openapi() -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, "application/json")], document::text())
+}
+
+/// What runs, what is newest and what is going on.
+#[utoipa::path(get, path = "/status", tag = "upgrade", security(("token" = [])),
+    responses((status = 200, description = "The row", body = Row)))]
+async fn status(State(app): State<App>, _: Caller) -> Answer<Row> {
     let record = app.engine.record().await?;
     Ok(Json(view(&app, &record)))
 }
 
-fn candidate(tag: &TagRef) -> Value {
-    let mut shown = json!({ "name": tag.version.tag(), "raw_ref": tag.raw_ref, "commit_sha": tag.commit });
-    if let Some(refused) = &tag.refused {
-        shown["refused"] = refused.as_str().into();
-    }
-    shown
+/// Releases that can be started, and those that are refused. A remote that fails is told in the answer.
+#[utoipa::path(get, path = "/candidates", tag = "upgrade", security(("token" = [])),
+    responses((status = 200, description = "The candidates", body = views::Candidates)))]
+async fn candidates(State(app): State<App>, _: Caller) -> Answer<views::Candidates> {
+    Ok(Json(app.engine.candidates().await?.into()))
 }
 
-async fn candidates(State(app): State<App>, _: Caller) -> Answer {
-    let found = app.engine.candidates().await?;
-    let mut answer = json!({
-        "configured": found.configured,
-        "remote": found.remote.as_deref().map(crate::config::shown),
-        "running_version": found.running_version,
-        "candidates": found.candidates.iter().map(candidate).collect::<Vec<_>>(),
-        "refused": found.refused.iter().map(candidate).collect::<Vec<_>>(),
-    });
-    if let Some(error) = found.error {
-        answer["error"] = error.into();
-    }
-    Ok(Json(answer))
-}
-
-async fn check(State(app): State<App>, caller: Caller, body: Body) -> Result<Json<Row>, ApiError> {
-    #[derive(Default, Deserialize)]
-    #[serde(deny_unknown_fields)]
-    struct Nothing {}
+/// Look at the remote now.
+#[utoipa::path(post, path = "/check", tag = "upgrade", security(("token" = [])), request_body = Option<Nothing>, responses(
+    (status = 200, description = "The row, refreshed", body = Row),
+    (status = 409, description = "No remote is configured"),
+    (status = 429, description = "Asked within 15 s of the last time, or too many failed sign-ins"),
+))]
+async fn check(State(app): State<App>, caller: Caller, body: Body) -> Answer<Row> {
     body.optional::<Nothing>()?;
     let record = app.engine.check(&caller.actor).await?;
     Ok(Json(view(&app, &record)))
 }
 
-async fn settings(State(app): State<App>, caller: Caller, body: Body) -> Result<Json<Row>, ApiError> {
-    #[derive(Deserialize)]
-    #[serde(deny_unknown_fields)]
-    struct Wanted {
-        track_commits: bool,
-    }
+/// Change what anybody signed in may change.
+#[utoipa::path(post, path = "/settings", tag = "upgrade", security(("token" = [])), request_body = Wanted,
+    responses((status = 200, description = "The row", body = Row)))]
+async fn settings(State(app): State<App>, caller: Caller, body: Body) -> Answer<Row> {
     let wanted: Wanted = body.required()?;
     let record = app.engine.track_commits(&caller.actor, wanted.track_commits).await?;
     Ok(Json(view(&app, &record)))
@@ -206,6 +216,13 @@ async fn command(app: &App, caller: &Caller, name: &str, tried: impl Future<Outp
     accepted(app, &tried?)
 }
 
+/// Upgrade: build a release from its pinned commit, swap to it, prove it.
+///
+/// The same `idempotency_key` with the same target answers the job that exists.
+#[utoipa::path(post, path = "/start", tag = "upgrade", security(("token" = ["admin"])), request_body = StartRequest, responses(
+    (status = 202, description = "Queued", body = Row),
+    (status = 409, description = "One is in flight, or the target is not offered, not newer or quarantined"),
+))]
 async fn start(State(app): State<App>, Admin(caller): Admin, body: Body) -> Accepted {
     let tried = async {
         let request: StartRequest = body.required()?;
@@ -235,6 +252,11 @@ fn check_start(request: &StartRequest) -> Result<(), ApiError> {
     check_reason(request.reason.as_deref().unwrap_or_default())
 }
 
+/// Go back to what ran before; needs neither git nor a build.
+#[utoipa::path(post, path = "/rollback", tag = "upgrade", security(("token" = ["admin"])), request_body = Option<Rollback>, responses(
+    (status = 202, description = "Rolling back", body = Row),
+    (status = 409, description = "Not in this state, no snapshot, an image of it is gone, or a data step closed the way"),
+))]
 async fn rollback(State(app): State<App>, Admin(caller): Admin, body: Body) -> Accepted {
     let tried = async {
         let asked = body.optional::<Rollback>()?;
@@ -244,6 +266,11 @@ async fn rollback(State(app): State<App>, Admin(caller): Admin, body: Body) -> A
     command(&app, &caller, "rollback", tried).await
 }
 
+/// End a job that has not touched anything yet.
+#[utoipa::path(post, path = "/cancel", tag = "upgrade", security(("token" = ["admin"])), request_body = Option<Reason>, responses(
+    (status = 202, description = "Cancelled", body = Row),
+    (status = 409, description = "There is no such job"),
+))]
 async fn cancel(State(app): State<App>, Admin(caller): Admin, body: Body) -> Accepted {
     let tried = async {
         let reason = body.optional::<Reason>()?.text()?;
@@ -252,6 +279,11 @@ async fn cancel(State(app): State<App>, Admin(caller): Admin, body: Body) -> Acc
     command(&app, &caller, "cancel", tried).await
 }
 
+/// End the confirm window early: keep the new version.
+#[utoipa::path(post, path = "/confirm", tag = "upgrade", security(("token" = ["admin"])), request_body = Option<Reason>, responses(
+    (status = 202, description = "Kept", body = Row),
+    (status = 409, description = "No confirm window is open"),
+))]
 async fn confirm(State(app): State<App>, Admin(caller): Admin, body: Body) -> Accepted {
     let tried = async {
         let reason = body.optional::<Reason>()?.text()?;
@@ -260,9 +292,15 @@ async fn confirm(State(app): State<App>, Admin(caller): Admin, body: Body) -> Ac
     command(&app, &caller, "confirm", tried).await
 }
 
+/// Give up a stuck job.
+#[utoipa::path(post, path = "/reset", tag = "upgrade", security(("token" = ["admin"])), request_body = ResetReason, responses(
+    (status = 202, description = "Given up", body = Row),
+    (status = 409, description = "No job is in flight"),
+))]
 async fn reset(State(app): State<App>, Admin(caller): Admin, body: Body) -> Accepted {
     let tried = async {
-        let reason = body.required::<Reason>()?.text()?;
+        let ResetReason { reason } = body.required()?;
+        check_reason(&reason)?;
         if reason.trim().is_empty() {
             return Err(ApiError::invalid("say why: a reset needs a `reason`"));
         }
@@ -271,61 +309,61 @@ async fn reset(State(app): State<App>, Admin(caller): Admin, body: Body) -> Acce
     command(&app, &caller, "reset", tried).await
 }
 
-async fn preflight(State(app): State<App>, _: Admin) -> Answer {
-    let found = app.engine.preflight().await?;
-    let images: Vec<Value> = found
-        .images
-        .iter()
-        .map(|image| {
-            json!({
-                "image_ref": image.image_ref,
-                "exists": image.exists,
-                "created_on": image.created_on.map(|at| time(Some(at))),
-                "error": image.error.as_deref().unwrap_or_default(),
-            })
-        })
-        .collect();
-    Ok(Json(json!({ "available": found.available, "reason": found.reason, "images": images })))
+/// Whether a rollback would find what it needs.
+#[utoipa::path(get, path = "/rollback-preflight", tag = "upgrade", security(("token" = ["admin"])),
+    responses((status = 200, description = "What was found", body = views::Preflight)))]
+async fn preflight(State(app): State<App>, _: Admin) -> Answer<views::Preflight> {
+    Ok(Json(app.engine.preflight().await?.into()))
 }
 
-async fn escape_hatch(State(app): State<App>, _: Admin) -> Answer {
+/// The commands that restore the old version with Replank gone.
+#[utoipa::path(get, path = "/escape-hatch", tag = "upgrade", security(("token" = ["admin"])), responses(
+    (status = 200, description = "The commands", body = views::EscapeHatch),
+    (status = 404, description = "There is no snapshot, or nothing is run from here"),
+))]
+async fn escape_hatch(State(app): State<App>, _: Admin) -> Answer<views::EscapeHatch> {
     let record = app.engine.record().await?;
-    let hatch = app.engine.escape_hatch().await?;
-    let mut answer = Map::new();
+    let mut hatch = app.engine.escape_hatch().await?;
     // Empty on platforms that have no such thing; the platform's facts fill them where it has.
-    for name in ["container_app", "subscription_id", "resource_group"] {
-        answer.insert(name.to_owned(), "".into());
-    }
-    answer.extend(hatch.facts.into_iter().map(|(name, value)| (name, value.into())));
-    let images = record.snapshot.as_ref().map(|s| row::references(&s.deployment.images)).unwrap_or_default();
-    answer.insert("target_images".to_owned(), json!(images));
-    answer.insert("commands".to_owned(), hatch.commands.into());
-    Ok(Json(Value::Object(answer)))
+    let mut fact = |name: &str| hatch.facts.remove(name).unwrap_or_default();
+    Ok(Json(views::EscapeHatch {
+        container_app: fact("container_app"),
+        subscription_id: fact("subscription_id"),
+        resource_group: fact("resource_group"),
+        target_images: record.snapshot.as_ref().map(|s| row::references(&s.deployment.images)).unwrap_or_default(),
+        commands: hatch.commands,
+        facts: hatch.facts,
+    }))
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 struct Tail {
+    /// How many of the newest; more than 1000 count as 1000.
+    #[param(schema_with = tail)]
     limit: Option<String>,
 }
 
-async fn history(State(app): State<App>, _: Caller, Query(tail): Query<Tail>) -> Answer {
+/// Without a format, which would bound it: too many are as many as there may be.
+fn tail() -> Object {
+    ObjectBuilder::new().schema_type(Type::Integer).minimum(Some(1)).default(Some(HISTORY_DEFAULT.into())).build()
+}
+
+/// What happened: the newest lines of the audited history.
+#[utoipa::path(get, path = "/history", tag = "upgrade", security(("token" = [])), params(Tail),
+    responses((status = 200, description = "The newest last", body = views::History)))]
+async fn history(State(app): State<App>, _: Caller, Asked(tail): Asked<Tail>) -> Answer<views::History> {
     let limit = match tail.limit.as_deref() {
-        None | Some("") => HISTORY_DEFAULT,
-        Some(text) => match text.parse::<usize>() {
-            Ok(limit) if limit >= 1 => limit.min(HISTORY_MAX),
-            _ => {
-                return Err(ApiError::bad_request(format!("`limit` is a number from 1 to {HISTORY_MAX}")));
-            }
+        None => HISTORY_DEFAULT,
+        Some(text) => match usize::try_from(number("limit", text)?).unwrap_or(usize::MAX) {
+            0 => return Err(ApiError::bad_request(format!("`limit` is a number from 1 to {HISTORY_MAX}"))),
+            limit => limit.min(HISTORY_MAX),
         },
     };
     let lines = app.engine.history(limit).await?;
-    let events: Vec<Value> = lines
-        .iter()
-        .map(|line| match serde_json::from_slice::<Map<String, Value>>(&line.bytes) {
-            Ok(event) => Value::Object(event),
-            // Shown rather than left out: a line that cannot be read is something to look into.
-            Err(_) => json!({ "ts": "", "job_id": "", "event": "unreadable", "seq": line.seq }),
-        })
-        .collect();
-    Ok(Json(json!({ "events": events })))
+    let events = lines.iter().map(|line| match serde_json::from_slice::<Map<String, Value>>(&line.bytes) {
+        Ok(event) => Value::Object(event),
+        Err(_) => views::HistoryEvent::unreadable(line.seq),
+    });
+    Ok(Json(views::History { events: events.collect() }))
 }

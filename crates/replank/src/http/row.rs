@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 
 use replank_core::fault::Told;
 use replank_core::image::Images;
-use replank_core::phase::{Mode, Op, Phase, Swap, WayBack};
+use replank_core::phase::{Mode, Op, Phase, State, Swap, WayBack};
 use replank_core::record::{Record, TargetKind};
 use replank_core::words::{ComponentName, Millis};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use utoipa::openapi::schema::{Object, ObjectBuilder, Type};
 
 use crate::engine::api::Live;
 
@@ -26,7 +28,8 @@ mod weight {
     pub const DONE: u32 = 100;
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// One application: what runs, what is newest, what is going on. Absent texts are empty; times are RFC 3339, UTC.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Row {
     pub running_version: String,
     pub running_sha: String,
@@ -37,14 +40,18 @@ pub struct Row {
     pub latest_commit_sha: String,
     pub git_remote: String,
     pub track_commits: bool,
+    #[schema(schema_with = states)]
     pub state: String,
     pub target_version: String,
     pub target_sha: String,
+    #[schema(schema_with = target_kinds)]
     pub target_kind: String,
     pub job_id: String,
     pub started_by_oid: String,
     pub started_at: String,
+    #[schema(max_length = 240)]
     pub phase_detail: String,
+    #[schema(maximum = 100)]
     pub phase_progress: u32,
     pub build_log_blob: String,
     pub rollback_available_until: String,
@@ -71,6 +78,7 @@ pub struct Row {
     pub entered_at: String,
     /// `single` or `blue_green`, of the current job.
     #[serde(default)]
+    #[schema(schema_with = modes)]
     pub mode: String,
     #[serde(default)]
     pub build_only: bool,
@@ -92,9 +100,29 @@ pub struct Row {
     pub components: BTreeMap<String, Component>,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+fn one_of(names: impl IntoIterator<Item = &'static str>) -> Object {
+    ObjectBuilder::new().schema_type(Type::String).enum_values(Some(names)).build()
+}
+
+fn states() -> Object {
+    one_of(State::ALL.map(State::name))
+}
+
+fn target_kinds() -> Object {
+    one_of(["", "release", "commit"])
+}
+
+fn modes() -> Object {
+    one_of(["", "single", "blue_green"])
+}
+
+fn component_states() -> Object {
+    one_of(["waiting", "building", "built"])
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Component {
-    /// `waiting`, `building` or `built`.
+    #[schema(schema_with = component_states)]
     pub state: String,
     pub done: u32,
     pub total: u32,

@@ -1,0 +1,151 @@
+//! From a line of the history to what a receiver is told.
+
+use replank_core::history::Line;
+use replank_core::phase::State;
+use replank_core::ports::{Ledger, LedgerError};
+use replank_core::record::{Head, Record};
+use replank_core::words::{Digest, Millis};
+use serde_json::{Map, Value, json};
+
+use super::{Event, Hook};
+
+/// Longest text of a message; a failure's cause is told whole by the status.
+const TEXT_MAX: usize = 500;
+/// How far back the beginning of a job is looked for: a job with every retry has some hundred lines.
+const START_MAX: u64 = 2_000;
+const PAGE: usize = 500;
+
+#[derive(Debug, Clone)]
+pub struct Message {
+    pub event: Event,
+    /// The same for every attempt, and for every controller that tells it: a receiver knows a repetition by it.
+    pub id: String,
+    /// When it happened.
+    pub at: Millis,
+    data: Map<String, Value>,
+}
+
+fn id(hook: &Hook, words: &[&str]) -> String {
+    let text = format!("{}\0{}", hook.reader(), words.join("\0"));
+    let hex = Digest::of(text.as_bytes());
+    format!("msg_{}", &hex.as_str().trim_start_matches("sha256:")[..32])
+}
+
+fn text<'a>(line: &'a Map<String, Value>, name: &str) -> &'a str {
+    line.get(name).and_then(Value::as_str).unwrap_or_default()
+}
+
+fn cut(text: &str) -> String {
+    text.chars().take(TEXT_MAX).collect()
+}
+
+fn parsed(line: &Line) -> Option<Map<String, Value>> {
+    // A line that cannot be read is told by the verification of the history, not from here.
+    serde_json::from_slice(&line.bytes).ok()
+}
+
+/// What a line tells: the final state that it led to, and more.
+fn events(line: &Map<String, Value>) -> Vec<Event> {
+    let mut events = Vec::new();
+    let state = State::ALL.into_iter().find(|state| state.name() == text(line, "state"));
+    events.extend(state.and_then(|state| match state {
+        State::Succeeded => Some(Event::Succeeded),
+        State::FailedPre => Some(Event::FailedPre),
+        State::FailedRollout => Some(Event::FailedRollout),
+        State::RolledBack => Some(Event::RolledBack),
+        State::RollbackFailed => Some(Event::RollbackFailed),
+        State::Idle
+        | State::Queued
+        | State::Fetching
+        | State::Building
+        | State::Patching
+        | State::RollingOut
+        | State::Validating
+        | State::Confirming
+        | State::RollingBack => None,
+    }));
+    if line.get("held") == Some(&Value::Bool(true)) {
+        events.push(Event::Held);
+    }
+    if text(line, "event") == "snapshot_dropped" {
+        events.push(Event::WayBackLost);
+    }
+    events
+}
+
+impl Message {
+    /// What `hook` wants to know of a line.
+    pub fn of_line(record: &Record, line: &Line, hook: &Hook) -> Vec<Self> {
+        let Some(parsed) = parsed(line) else { return Vec::new() };
+        // The head as of this line: whoever keeps it can tell later whether the history was cut or edited.
+        let head = Head { count: line.seq + 1, hash: Some(Digest::of(&line.bytes)) };
+        let wanted = events(&parsed).into_iter().filter(|event| hook.events.contains(event));
+        let at =
+            text(&parsed, "ts").parse::<jiff::Timestamp>().map_or(record.updated_at, |ts| Millis(ts.as_millisecond()));
+        wanted
+            .map(|event| {
+                let mut data = Map::new();
+                data.insert("application".to_owned(), record.application.to_string().into());
+                data.insert("job".to_owned(), json!({ "id": text(&parsed, "job_id") }));
+                for name in ["state", "why", "advice", "reason"] {
+                    if !text(&parsed, name).is_empty() {
+                        data.insert(name.to_owned(), cut(text(&parsed, name)).into());
+                    }
+                }
+                // What led there: a cancelled job and one that failed both end as failed_pre.
+                data.insert("cause".to_owned(), text(&parsed, "event").into());
+                if let Some(by) = parsed.get("actor").and_then(|actor| actor.get("name")).and_then(Value::as_str) {
+                    data.insert("by".to_owned(), cut(by).into());
+                }
+                data.insert("history".to_owned(), json!(head));
+                Self { event, id: id(hook, &[event.name(), head.hash.as_ref().map_or("", |h| h.as_str())]), at, data }
+            })
+            .collect()
+    }
+
+    pub fn closing(record: &Record, deadline: Millis, hook: &Hook) -> Self {
+        let event = Event::ConfirmWindowClosing;
+        let mut data = Map::new();
+        data.insert("application".to_owned(), record.application.to_string().into());
+        data.insert("state".to_owned(), record.phase.state().name().into());
+        data.insert("confirm_deadline".to_owned(), deadline.rfc3339().into());
+        data.insert("history".to_owned(), json!(record.history));
+        let job = record.job.as_ref();
+        let job_id = job.map(|job| job.id.to_string()).unwrap_or_default();
+        let from = record.running.as_ref().map(|running| running.version.to_string()).unwrap_or_default();
+        let target = job.map(|job| job.target.version.to_string()).unwrap_or_default();
+        let started_by = job.map(|job| job.actor.name.clone()).unwrap_or_default();
+        data.insert("job".to_owned(), json!({ "id": job_id, "started_by": cut(&started_by) }));
+        data.insert("versions".to_owned(), json!({ "from": from, "target": target }));
+        Self { event, id: id(hook, &[event.name(), &job_id, &deadline.0.to_string()]), at: record.updated_at, data }
+    }
+
+    /// Adds what the job began with. Its record may be another job's by now, so this too comes from the history.
+    pub async fn with_start(mut self, ledger: &dyn Ledger, seq: u64) -> Result<Self, LedgerError> {
+        let job = self.data["job"]["id"].as_str().unwrap_or_default().to_owned();
+        if job.is_empty() {
+            return Ok(self);
+        }
+        let is_start = |line: &Map<String, Value>| text(line, "event") == "start" && text(line, "job_id") == job;
+        let mut end = seq;
+        while end > seq.saturating_sub(START_MAX) {
+            let from = end.saturating_sub(PAGE as u64);
+            let page = ledger.history(from, usize::try_from(end - from).unwrap_or(PAGE)).await?;
+            if let Some(start) = page.iter().rev().filter_map(parsed).find(is_start) {
+                let by = start.get("actor").and_then(|actor| actor.get("name")).and_then(Value::as_str);
+                self.data.insert("job".to_owned(), json!({ "id": job, "started_by": cut(by.unwrap_or_default()) }));
+                let versions =
+                    json!({ "from": text(&start, "from_version"), "target": text(&start, "target_version") });
+                self.data.insert("versions".to_owned(), versions);
+                break;
+            }
+            end = from;
+        }
+        Ok(self)
+    }
+
+    pub fn body(&self) -> Vec<u8> {
+        let body = json!({ "type": self.event.name(), "timestamp": self.at.rfc3339(), "data": self.data });
+        body.to_string().into_bytes()
+    }
+}
