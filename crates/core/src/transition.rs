@@ -406,7 +406,12 @@ pub fn apply(record: &Record, event: &Event, now: Millis) -> Result<Commit, Refu
             new.driver = Driver { controller: to.clone(), since: now };
         }
         Event::Claimed | Event::BuildsComplete | Event::Landed => {}
-        Event::Fetched(fetched) => audit = audit.with("components", fetched.recipes.len()),
+        Event::Fetched(fetched) => {
+            audit = audit.with("components", fetched.recipes.len());
+            if let Some(signer) = &fetched.signed_by {
+                audit = audit.with("signed_by", signer.as_str());
+            }
+        }
         Event::BuildIntended { component } => audit = audit.with("component", component.as_str()),
         Event::BuildDone { component, built } => {
             audit = audit

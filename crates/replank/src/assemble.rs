@@ -341,6 +341,6 @@ impl Recipes for ReleaseRecipes {
                 source.check_paths(tree, component.as_str(), &recipe.dockerfile, &recipe.context).await?;
             }
         }
-        Ok(Fetched { recipes, manifest: manifest.to_json() })
+        Ok(Fetched { recipes, manifest: manifest.to_json(), signed_by: tree.signed_by.clone() })
     }
 }
