@@ -224,6 +224,7 @@ fn source(settings: &Settings, env: &Environment, secrets: &mut Vec<String>) -> 
     config.allow_loopback = source.allow_loopback;
     config.allow_private = source.allow_private;
     config.ca_file.clone_from(&source.ca_file);
+    config.verify.clone_from(&source.verify);
     GitSource::new(config).map(Some)
 }
 

@@ -190,7 +190,8 @@ impl AzExecSource {
         }
         let said = Said { object: outcome.stdout.as_bytes(), is_good: outcome.exit_code == 0, words: &outcome.stderr };
         judge(target, &said, &[]).map(Some).map_err(|fault| {
-            let advice = "the exec server's EXEC_ALLOWED_SIGNERS_FILE or EXEC_OPENPGP_KEYRING_FILE says whose signature counts";
+            let advice =
+                "the exec server's EXEC_ALLOWED_SIGNERS_FILE or EXEC_OPENPGP_KEYRING_FILE says whose signature counts";
             let before = fault.advice.clone();
             fault.advice(format!("{before}; {advice}"))
         })

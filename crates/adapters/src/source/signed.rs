@@ -66,9 +66,8 @@ struct Header<'a> {
 impl<'a> Header<'a> {
     fn read(bytes: &'a [u8]) -> Option<Self> {
         let mut lines = bytes.split(|b| *b == b'\n');
-        let mut field = |name: &str| {
-            lines.next()?.strip_prefix(name.as_bytes()).and_then(|value| std::str::from_utf8(value).ok())
-        };
+        let mut field =
+            |name: &str| lines.next()?.strip_prefix(name.as_bytes()).and_then(|value| std::str::from_utf8(value).ok());
         let header = Self { object: field("object ")?, kind: field("type ")?, tag: field("tag ")? };
         field("tagger ")?;
         lines.next()?.is_empty().then_some(header)
@@ -216,8 +215,16 @@ mod tests {
             (false, GOOD, "cannot be verified"),
             (true, "", "cannot be verified"),
             (false, "error: no signature found\n", "it is not signed"),
-            (true, "Good \"git\" signature with ED25519 key SHA256:new\n", "not among the allowed signers now (ED25519 key SHA256:new)"),
-            (false, "Good \"git\" signature with ED25519 key SHA256:old\nNo principal matched.\n", "a key of bob that expired at 2020 UTC"),
+            (
+                true,
+                "Good \"git\" signature with ED25519 key SHA256:new\n",
+                "not among the allowed signers now (ED25519 key SHA256:new)",
+            ),
+            (
+                false,
+                "Good \"git\" signature with ED25519 key SHA256:old\nNo principal matched.\n",
+                "a key of bob that expired at 2020 UTC",
+            ),
             (false, "[GNUPG:] EXPKEYSIG 1234 Alice\n", "a key that has expired (1234 Alice)"),
             (false, "[GNUPG:] REVKEYSIG 1234 Alice\n", "was revoked"),
             (false, "[GNUPG:] EXPSIG 1234 Alice\n", "its signature has expired"),

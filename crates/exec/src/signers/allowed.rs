@@ -64,6 +64,8 @@ impl Entry {
     }
 }
 
+const NO_ENTRY: &str = "this is not `principals [options] type key`";
+
 /// One line: `principals [options] type key [comment]`.
 fn read(line: &str) -> Result<Option<Entry>, &'static str> {
     let line = line.trim_matches([' ', '\t', '\r']);
@@ -72,6 +74,9 @@ fn read(line: &str) -> Result<Option<Entry>, &'static str> {
     }
     let (principals, rest) = word(line)?;
     let (mut after, mut before) = (None, None);
+    if rest.is_empty() {
+        return Err(NO_ENTRY);
+    }
     let rest = if is_key_type(rest) {
         rest
     } else {
@@ -91,7 +96,7 @@ fn read(line: &str) -> Result<Option<Entry>, &'static str> {
         rest
     };
     if !is_key_type(rest) {
-        return Err("this is not `principals [options] type key`");
+        return Err(NO_ENTRY);
     }
     let (_, rest) = word(rest)?;
     let (key, _) = word(rest)?;

@@ -18,8 +18,9 @@ pub use allowed::Unfit;
 
 /// Largest file of keys: some thousand people's.
 const FILE_MAX: u64 = 4 * 1024 * 1024;
-/// Stands for every program that no key is configured for. Where it is missing git cannot run it, which refuses as well.
-const REFUSE: &str = "/bin/false";
+/// Stands for every program that no key is configured for. Nobody can run it, which git takes for a bad signature; one that ran
+/// and did not read would kill git, whose end would then be no verdict.
+const REFUSE: &str = "/dev/null";
 const SSH: (&str, &str) = ("ssh-keygen", "openssh-client");
 const OPENPGP: (&str, &str) = ("gpg", "gpg");
 /// Where gpg looks for its settings below a home.
@@ -112,6 +113,8 @@ impl Signers {
             write(&file, &keys)?;
             write(&own.join("gpg.conf"), openpgp::settings(&file).as_bytes())?;
             let program = find(OPENPGP, search)?;
+            // With trust in each of these keys by its settings, gpg says none at all.
+            ready.set("gpg.minTrustLevel", "undefined");
             ready.set("gpg.program", program.clone());
             ready.set("gpg.openpgp.program", program);
         }
@@ -145,7 +148,7 @@ pub fn nobody() -> Vec<(&'static str, OsString)> {
         ("gpg.x509.program", REFUSE),
         ("gpg.ssh.program", REFUSE),
         ("gpg.ssh.allowedSignersFile", "/dev/null"),
-        // A key that is merely known is not a signer: the keyring's own are, and have this trust.
+        // What git says of an SSH key that stands among the allowed signers; one that does not has less.
         ("gpg.minTrustLevel", "fully"),
     ]
     .map(|(key, value)| (key, value.into()))

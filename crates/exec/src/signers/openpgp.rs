@@ -81,7 +81,10 @@ mod tests {
             (b"\x95\x01".to_vec(), Err("it holds a private key: give what `gpg --export` writes")),
             (b"\x88\x01".to_vec(), Err(NO_KEYS)),
             (b"hello".to_vec(), Err(NO_KEYS)),
-            (format!("pub  key\n{}\n{}", armored("mQE="), armored("mQI=")).into_bytes(), Ok(b"\x99\x01\x99\x02".to_vec())),
+            (
+                format!("pub  key\n{}\n{}", armored("mQE="), armored("mQI=")).into_bytes(),
+                Ok(b"\x99\x01\x99\x02".to_vec()),
+            ),
             (armored("m\nQE=").replace('\n', "\r\n").into_bytes(), Ok(b"\x99\x01".to_vec())),
             (armored("?").into_bytes(), Err("an armored block is not in base64")),
             (format!("{BEGIN}\n\nmQE=\n").into_bytes(), Err("an armored block does not end")),

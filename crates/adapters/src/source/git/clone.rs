@@ -14,8 +14,8 @@ use replank_core::words::{CommitSha, JobId};
 use super::advert::authorization;
 use super::child::{self, Ended, Run};
 use super::remote::Host;
-use crate::source::signed::NO_COMMITS;
 use super::{GitSource, outbound, tree};
+use crate::source::signed::NO_COMMITS;
 
 /// Output of git's plumbing that is kept: paths of about half a million files.
 const CAPTURE: usize = 64 * 1024 * 1024;
@@ -320,7 +320,13 @@ impl Fetch<'_> {
         fault.advice("look at the lines of the fetch in the controller's log (level info); Replank tries again")
     }
 
-    pub(super) async fn ask_git(&self, args: &[&str], src: &Path, home: &Path, capture: usize) -> Result<Vec<u8>, Fault> {
+    pub(super) async fn ask_git(
+        &self,
+        args: &[&str],
+        src: &Path,
+        home: &Path,
+        capture: usize,
+    ) -> Result<Vec<u8>, Fault> {
         self.source.plumb(args, src, home, &self.local_config(src), capture).await
     }
 

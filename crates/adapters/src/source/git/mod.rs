@@ -23,11 +23,11 @@ use replank_core::ports::{Log, NoLog, Refs, Source, Tree};
 use replank_core::record::Target;
 use replank_core::words::JobId;
 
-pub(super) use clone::same;
 use super::signed::NO_COMMITS;
+pub(super) use clone::same;
 use outbound::{RESOLVE_TIME, Reach, Resolver, SystemResolver};
-use remote::Host;
 pub(super) use refs::tame;
+use remote::Host;
 pub use remote::{Credential, Remote};
 pub use signed::Verify;
 // The rule is the exec channel's too, which cannot see this crate.

@@ -121,7 +121,8 @@ pub(super) fn choose(lines: &[RefLine], tracking: &str, signed: bool) -> Refs {
             .or_insert(tag);
     }
     let wanted = format!("{HEADS}{tracking}");
-    let branch = lines.iter().find(|line| !signed && line.name == wanted).map(|line| (line.name.clone(), line.object.clone()));
+    let branch =
+        lines.iter().find(|line| !signed && line.name == wanted).map(|line| (line.name.clone(), line.object.clone()));
     Refs { tags: tags.into_values().rev().take(MAX_TAGS).collect(), branch }
 }
 
