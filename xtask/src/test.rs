@@ -11,7 +11,7 @@ use crate::world::World;
 use crate::{fuzz, tidy};
 
 /// For each fuzz target: long enough for what a change breaks at once; `cargo xtask fuzz` takes all the time it is given.
-const FUZZ_SECONDS: u64 = 10;
+const FUZZ_SECONDS: u64 = 8;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {

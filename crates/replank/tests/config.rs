@@ -335,6 +335,21 @@ fn a_release_may_set_its_own_things_only() {
 }
 
 /// The reference names every key that the reader knows, and no other: each section is asked about a key that nobody has.
+/// Found by the fuzz target `manifest`: a release's author chose what the operator's terminal did.
+#[test]
+fn what_a_release_writes_reaches_no_terminal_as_it_is() {
+    for text in [
+        "\"\\u001b]0;x\\u0007\" = 1",
+        "components.\"\\u202e\".x = 1",
+        "schema = \"\\u0007\"",
+        "\u{7}",
+        "a = \"\u{202e}\u{7}\"",
+    ] {
+        let told = Manifest::parse(text).unwrap_err().in_one_line();
+        assert!(!told.contains(|c: char| c.is_control() || c == '\u{202e}'), "{text:?}: {told:?}");
+    }
+}
+
 #[test]
 fn signed_releases_are_configured() {
     const REMOTE: &str = "remote = \"https://git.test/shop.git\"";

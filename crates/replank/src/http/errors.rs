@@ -5,6 +5,7 @@ use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
 use serde_json::json;
 
+use super::bodies::BadBody;
 use crate::engine::api::Refusal;
 
 /// An answer that is not a success. What a 5xx was about stands in the log, not in the body.
@@ -57,6 +58,15 @@ impl From<Refusal> for ApiError {
                 tracing::warn!(%detail, "a request could not be answered now");
                 Self { retry_after_s: Some(1), ..Self::new(StatusCode::SERVICE_UNAVAILABLE, detail) }
             }
+        }
+    }
+}
+
+impl From<BadBody> for ApiError {
+    fn from(bad: BadBody) -> Self {
+        match bad {
+            BadBody::NotJson => Self::bad_request(bad.to_string()),
+            BadBody::Invalid(detail) => Self::invalid(detail),
         }
     }
 }

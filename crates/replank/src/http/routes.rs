@@ -1,30 +1,29 @@
 //! The routes of contract §2: each takes the request apart, calls one engine command and shapes the answer.
 
 use axum::extract::{Query, State};
+use axum::response::Response;
 use axum::routing::{get, post};
 use axum::{Json, Router, middleware};
 use bytes::Bytes;
 use http::StatusCode;
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use replank_core::ports::TagRef;
-use replank_core::record::{Record, TargetKind};
-use replank_core::words::{CommitSha, IdempotencyKey, Version};
+use replank_core::record::Record;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
 use super::auth::{Admin, Caller};
+use super::bodies::{self, Nothing, Reason, Wanted};
 use super::errors::ApiError;
 use super::events::{events, time};
+use super::glance::{self, Looker};
 use super::guard::{guard, nothing_here, wrong_method};
 use super::limits::BODY_MAX;
 use super::logs::build_log;
 use super::row::Row;
 use super::{App, row};
-use crate::engine::api::StartRequest;
 
-/// Contract §2, in characters.
-const REASON_MAX: usize = 280;
 const HISTORY_DEFAULT: usize = 50;
 /// Most history lines of one answer; a line has a few hundred bytes.
 const HISTORY_MAX: usize = 1_000;
@@ -79,39 +78,12 @@ impl axum::extract::FromRequest<App> for Body {
 
 impl Body {
     fn required<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
-        serde_json::from_slice(&self.0).map_err(|error| match error.classify() {
-            serde_json::error::Category::Data => {
-                ApiError::invalid(format!("the body is not what it should be: {error}"))
-            }
-            _ => ApiError::bad_request("the body is not JSON"),
-        })
+        Ok(bodies::required(&self.0)?)
     }
 
     fn optional<T: DeserializeOwned + Default>(&self) -> Result<T, ApiError> {
-        if self.0.is_empty() { Ok(T::default()) } else { self.required() }
+        Ok(bodies::optional(&self.0)?)
     }
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Reason {
-    reason: Option<String>,
-}
-
-impl Reason {
-    fn text(self) -> Result<String, ApiError> {
-        let reason = self.reason.unwrap_or_default();
-        check_reason(&reason)?;
-        Ok(reason)
-    }
-}
-
-fn check_reason(reason: &str) -> Result<(), ApiError> {
-    let length = reason.chars().count();
-    if length > REASON_MAX {
-        return Err(ApiError::invalid(format!("the reason has {length} characters and {REASON_MAX} are the most")));
-    }
-    Ok(())
 }
 
 fn view(app: &App, record: &Record) -> Row {
@@ -137,9 +109,8 @@ async fn ready(State(app): State<App>) -> Answer {
     }
 }
 
-async fn status(State(app): State<App>, _: Caller) -> Result<Json<Row>, ApiError> {
-    let record = app.engine.record().await?;
-    Ok(Json(view(&app, &record)))
+async fn status(State(app): State<App>, _: Looker) -> Result<Response, ApiError> {
+    glance::status(&app).await
 }
 
 fn candidate(tag: &TagRef) -> Value {
@@ -166,20 +137,12 @@ async fn candidates(State(app): State<App>, _: Caller) -> Answer {
 }
 
 async fn check(State(app): State<App>, caller: Caller, body: Body) -> Result<Json<Row>, ApiError> {
-    #[derive(Default, Deserialize)]
-    #[serde(deny_unknown_fields)]
-    struct Nothing {}
     body.optional::<Nothing>()?;
     let record = app.engine.check(&caller.actor).await?;
     Ok(Json(view(&app, &record)))
 }
 
 async fn settings(State(app): State<App>, caller: Caller, body: Body) -> Result<Json<Row>, ApiError> {
-    #[derive(Deserialize)]
-    #[serde(deny_unknown_fields)]
-    struct Wanted {
-        track_commits: bool,
-    }
     let wanted: Wanted = body.required()?;
     let record = app.engine.track_commits(&caller.actor, wanted.track_commits).await?;
     Ok(Json(view(&app, &record)))
@@ -199,31 +162,10 @@ async fn command(app: &App, caller: &Caller, name: &str, tried: impl Future<Outp
 
 async fn start(State(app): State<App>, Admin(caller): Admin, body: Body) -> Accepted {
     let tried = async {
-        let request: StartRequest = body.required()?;
-        check_start(&request)?;
+        let request = bodies::start(&body.0)?;
         Ok(app.engine.start(&caller.actor, request).await?)
     };
     command(&app, &caller, "start", tried).await
-}
-
-/// The shapes of contract §2; whether the target was offered is the engine's to judge.
-fn check_start(request: &StartRequest) -> Result<(), ApiError> {
-    if !request.confirm_downtime {
-        return Err(ApiError::invalid("confirm that users may notice: send `confirm_downtime: true`"));
-    }
-    if let Some(version) = &request.target_version {
-        version.parse::<Version>().map_err(|error| ApiError::invalid(format!("target_version: {error}")))?;
-    }
-    if let Some(sha) = &request.target_sha {
-        CommitSha::new(sha.as_str()).map_err(|error| ApiError::invalid(format!("target_sha: {error}")))?;
-    }
-    if request.target_kind == Some(TargetKind::Commit) && request.target_sha.is_none() {
-        return Err(ApiError::invalid("a commit target needs `target_sha`"));
-    }
-    if let Some(key) = &request.idempotency_key {
-        IdempotencyKey::new(key.as_str()).map_err(|error| ApiError::invalid(format!("idempotency_key: {error}")))?;
-    }
-    check_reason(request.reason.as_deref().unwrap_or_default())
 }
 
 async fn rollback(State(app): State<App>, Admin(caller): Admin, body: Body) -> Accepted {

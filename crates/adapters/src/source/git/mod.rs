@@ -4,6 +4,7 @@
 //! pinned for everything that the call connects to.
 
 mod advert;
+mod capabilities;
 mod child;
 mod clone;
 mod pkt;
@@ -11,6 +12,7 @@ mod refs;
 mod remote;
 mod signed;
 pub mod tree;
+mod verify;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -29,7 +31,7 @@ use outbound::{RESOLVE_TIME, Reach, Resolver, SystemResolver};
 pub(super) use refs::tame;
 use remote::Host;
 pub use remote::{Credential, Remote};
-pub use signed::Verify;
+pub use verify::Verify;
 // The rule is the exec channel's too, which cannot see this crate.
 pub use replank_exec::outbound;
 pub use replank_exec::signers::Signers;

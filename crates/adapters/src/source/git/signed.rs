@@ -7,32 +7,13 @@ use std::time::SystemTime;
 
 use replank_core::fault::Fault;
 use replank_core::ports::{Log, Progress, Stream};
-use replank_exec::signers::Signers;
 
 use super::child::{self, Ended, Run};
 use super::clone::Fetch;
+use super::verify::Verify;
 use crate::source::signed::{Said, TAG_MAX, WORDS_MAX, judge, lightweight, unusable};
 
-/// Which tags name releases that may be fetched.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub enum Verify {
-    /// All of them.
-    #[default]
-    Nothing,
-    /// Those that one of these keys signed.
-    SignedTags(Signers),
-    /// The same, where the keys are at the end that clones: what can be seen from here is judged here.
-    SignedElsewhere,
-}
-
 impl Verify {
-    pub(in crate::source) fn wants_signatures(&self) -> bool {
-        match self {
-            Self::Nothing => false,
-            Self::SignedTags(_) | Self::SignedElsewhere => true,
-        }
-    }
-
     /// Whether the keys and the programs are there at all.
     pub(super) fn check(&self) -> Result<(), Fault> {
         match self {
