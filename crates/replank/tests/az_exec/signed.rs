@@ -19,7 +19,7 @@ fn only_a_signed_release_is_built_and_the_history_says_who_signed() {
     assert!(rig.az.builds().unwrap().is_empty(), "something was built");
     let commit = rig.publish("1.1.0", &crate::rig::release("1.1.0"));
     alice.tag(&rig.repo, "v1.1.0", &commit).unwrap();
-    rig.succeeds(&[]);
+    rig.succeeds(&["1.1.0"]);
     let fetched = rig.events("fetched");
     let signer = fetched.last().unwrap()["signed_by"].as_str().unwrap();
     assert!(signer.starts_with("alice@example.com (ED25519 key SHA256:"), "{signer}");
