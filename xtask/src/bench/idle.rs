@@ -23,7 +23,7 @@ pub(super) fn run(options: &Options, replank: PathBuf) -> Result<ExitCode> {
     let mut ready = Vec::new();
     let mut memory = 0.0;
     for number in 0..STARTS {
-        let service = Service::start(&replank, &scratch.path().join(format!("home-{number}")), "")?;
+        let service = Service::start(&replank, &scratch.path().join(format!("home-{number}")), None)?;
         let took = service.ready.as_secs_f64() * 1_000.0;
         eprintln!("bench: start {} of {STARTS}: ready after {took:.1} ms", number + 1);
         ready.push(took);

@@ -2,7 +2,7 @@
 //! same file, with one writer and with sixteen.
 
 use std::path::Path;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -14,8 +14,8 @@ use replank_core::history::{Audit, seal};
 use replank_core::ports::{Ledger as _, LedgerError};
 use replank_core::record::Record;
 use replank_core::words::{AppName, InstallationId, Millis};
-use replank_testbed::cleanup;
 use replank_testbed::remains::Scratch;
+use replank_testbed::{cleanup, images};
 use rusqlite::{Connection, TransactionBehavior, params};
 use serde_json::{Map, Value};
 
@@ -32,6 +32,9 @@ const BUSY: Duration = Duration::from_secs(5);
 const BARE: &str = "bare";
 
 pub(super) fn run(options: &Options) -> Result<ExitCode> {
+    if cfg!(debug_assertions) {
+        return as_released(options);
+    }
     cleanup::on_signals()?;
     let scratch = Scratch::create()?;
     let directory = scratch.path().join("ledger");
@@ -70,6 +73,17 @@ pub(super) fn run(options: &Options) -> Result<ExitCode> {
         figures.iter().for_each(|(name, value)| println!("{name:28} {value}"));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The same by an xtask that is built as the product is: here the ledger is part of this program, and what is measured is small.
+fn as_released(options: &Options) -> Result<ExitCode> {
+    let mut cargo = Command::new("cargo");
+    cargo.args(["run", "--quiet", "--release", "--package", "xtask", "--", "bench", "ledger"]);
+    if options.json {
+        cargo.arg("--json");
+    }
+    let ended = cargo.current_dir(images::workspace()).status()?;
+    Ok(if ended.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 async fn open(directory: &Path) -> Result<Arc<SqliteLedger>> {

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -25,14 +26,25 @@ pub(super) struct Service {
     pub(super) token: String,
     /// From the start of the process to its first word that it is ready.
     pub(super) ready: Duration,
+    /// Stands where an engine would: a service that builds nothing says nothing to it.
+    _engine: Option<UnixListener>,
 }
 
 impl Service {
-    /// In a home of its own, which is made. `more` is what the configuration says beyond the least that it needs.
-    pub(super) fn start(replank: &Path, home: &Path, more: &str) -> Result<Self> {
+    /// In a home of its own, which is made. With an engine's socket and a remote it can build; else it has nothing to do.
+    pub(super) fn start(replank: &Path, home: &Path, builds: Option<(&Path, &str)>) -> Result<Self> {
         fs::DirBuilder::new().mode(0o700).create(home)?;
         let config = home.join("replank.toml");
-        fs::write(&config, format!("application = \"bench\"\nplatform = \"none\"\n{more}\n[components.lines]\n"))?;
+        let own = home.join("engine.sock");
+        let (engine, socket, source) = match builds {
+            Some((socket, remote)) => {
+                let source = format!("[source]\nremote = {remote:?}\nallow_loopback = true\nallow_private = true\n");
+                (None, socket, source)
+            }
+            None => (Some(UnixListener::bind(&own)?), own.as_path(), String::new()),
+        };
+        let base = "application = \"bench\"\nplatform = \"none\"\n[components.lines]\n";
+        fs::write(&config, format!("{base}{source}[docker]\nsocket = {socket:?}\n"))?;
         let file = home.join("token");
         let replank = |words: &[&str]| {
             let mut command = Command::new(replank);
@@ -48,7 +60,7 @@ impl Service {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(File::create(&log)?);
         let begun = Instant::now();
         let child = command.spawn().context("cannot start the service")?;
-        let mut service = Self { child, address, token, ready: Duration::ZERO };
+        let mut service = Self { child, address, token, ready: Duration::ZERO, _engine: engine };
         while !service.is_ready() {
             if service.child.try_wait()?.is_some() || begun.elapsed() > START_LIMIT {
                 bail!("the service does not start: {}", fs::read_to_string(&log)?.trim());

@@ -28,7 +28,7 @@ const ANSWER_MAX: usize = 64 * 1024;
 pub(super) fn run(options: &Options, replank: PathBuf) -> Result<ExitCode> {
     cleanup::on_signals()?;
     let scratch = Scratch::create()?;
-    let service = Service::start(&replank, &scratch.path().join("home"), "")?;
+    let service = Service::start(&replank, &scratch.path().join("home"), None)?;
     let request = format!(
         "GET /api/upgrade/status HTTP/1.1\r\nHost: {}\r\nAuthorization: Bearer {}\r\n\r\n",
         service.address, service.token
