@@ -41,7 +41,8 @@ const LIMIT: Duration = Duration::from_secs(180);
 pub(super) fn run(options: &Options, replank: PathBuf) -> Result<ExitCode> {
     let world = World::start(replank, sample::FULL_UNITS)?;
     let mut repo = Repo::create(world.scratch.path(), "lines")?;
-    let dockerfile = format!("FROM {}\nCOPY print.c /\nRUN gcc -static -std=gnu11 -o /print /print.c\nRUN /print\n", images::CC);
+    let dockerfile =
+        format!("FROM {}\nCOPY print.c /\nRUN gcc -static -std=gnu11 -o /print /print.c\nRUN /print\n", images::CC);
     let printer = format!("#define LINES {LINES}\n{PRINTER}");
     let files = [Entry::file("Dockerfile", dockerfile), Entry::file("print.c", printer)];
     let commit = repo.commit(&files, "lines")?;
