@@ -12,15 +12,28 @@ use crate::build::Build;
 use crate::tied::tied;
 
 /// A target is a file in `fuzz/src/bin` and a line here.
-const TARGETS: [Target; 2] = [
-    Target { name: "policy", seeds: "crates/exec/tests/policy.txt" },
-    Target { name: "request", seeds: "fuzz/seeds/request.txt" },
+const TARGETS: [Target; 7] = [
+    Target { name: "advert", seeds: "fuzz/seeds/advert.txt", apart: Apart::Rules },
+    Target { name: "bodies", seeds: "fuzz/seeds/bodies.txt", apart: Apart::Lines },
+    Target { name: "config", seeds: "fuzz/seeds/config.toml", apart: Apart::Rules },
+    Target { name: "manifest", seeds: "fuzz/seeds/manifest.toml", apart: Apart::Rules },
+    Target { name: "mask", seeds: "fuzz/seeds/mask.txt", apart: Apart::Lines },
+    Target { name: "policy", seeds: "crates/exec/tests/policy.txt", apart: Apart::Lines },
+    Target { name: "request", seeds: "fuzz/seeds/request.txt", apart: Apart::Lines },
 ];
 
 struct Target {
     name: &'static str,
-    /// A file of the workspace, each line of it an input to begin with.
+    /// A file of the workspace with inputs to begin with.
     seeds: &'static str,
+    apart: Apart,
+}
+
+/// What stands between two inputs of a file.
+enum Apart {
+    Lines,
+    /// A line of three hyphens.
+    Rules,
 }
 
 /// What makes the compiler count which code an input reaches and what it is compared with. libFuzzer reads the counters; no
@@ -123,16 +136,25 @@ fn fuzz(target: &Target, program: &Path, seconds: u64) -> Result<()> {
     Ok(())
 }
 
-/// One file for each line. From scratch: what is no longer among them must not come back.
+/// One file for each input. From scratch: what is no longer among them must not come back.
 fn write_seeds(target: &Target, directory: &Path) -> Result<()> {
     if directory.exists() {
         fs::remove_dir_all(directory)?;
     }
     fs::create_dir_all(directory)?;
     let path = images::workspace().join(target.seeds);
-    let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-    for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.is_empty()) {
-        fs::write(directory.join(number.to_string()), line)?;
+    // Inputs are bytes, also such as no text has.
+    let bytes = fs::read(&path).with_context(|| path.display().to_string())?;
+    let lines = bytes.split(|byte| *byte == b'\n');
+    let inputs: Vec<Vec<u8>> = match target.apart {
+        Apart::Lines => lines.map(<[u8]>::to_vec).collect(),
+        Apart::Rules => {
+            let lines: Vec<&[u8]> = lines.collect();
+            lines.split(|line| *line == b"---").map(|lines| lines.join(&b'\n')).collect()
+        }
+    };
+    for (number, input) in inputs.iter().enumerate().filter(|(_, input)| !input.is_empty()) {
+        fs::write(directory.join(number.to_string()), input)?;
     }
     Ok(())
 }

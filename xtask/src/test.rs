@@ -11,7 +11,7 @@ use crate::world::World;
 use crate::{api, fuzz, sim, tidy};
 
 /// For each fuzz target: long enough for what a change breaks at once; `cargo xtask fuzz` takes all the time it is given.
-const FUZZ_SECONDS: u64 = 10;
+const FUZZ_SECONDS: u64 = 8;
 
 /// Jobs in every run: under two minutes on two processors.
 const SIMULATION: u64 = 100_000;

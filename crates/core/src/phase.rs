@@ -40,6 +40,9 @@ pub struct Fetched {
     /// What the release's own manifest says about how it runs, for the platform's plan.
     #[serde(default)]
     pub manifest: serde_json::Value,
+    /// Who signed the tag; absent where nobody asks for signatures.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signed_by: Option<String>,
 }
 
 /// An image that a builder answers for.

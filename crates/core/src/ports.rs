@@ -258,16 +258,22 @@ pub struct Tree {
     /// with it may look there.
     pub path: PathBuf,
     pub commit: CommitSha,
+    /// Who signed the tag, where signatures are asked for: name and key, as the operator's keys have them.
+    pub signed_by: Option<String>,
 }
 
 #[async_trait]
 pub trait Source: Send + Sync + fmt::Debug {
     /// The remote as it may be shown: without userinfo.
     fn remote(&self) -> String;
+    /// Why commits of the branch cannot be targets here, whatever the record says; `None` where they can.
+    fn refuses_commits(&self) -> Option<String> {
+        None
+    }
     /// Looks at the remote; nothing is written.
     async fn refs(&self) -> Result<Refs, Fault>;
     /// Clones the pinned commit for a job, or finds the tree that is already there. Never returns another commit: where the
-    /// remote gives one, the fault is permanent and names both.
+    /// remote gives one, the fault is permanent and names both. Where signatures are asked for, one is checked each time.
     async fn fetch(&self, job: &JobId, target: &Target, log: &dyn Log) -> Result<Tree, Fault>;
     /// A file of a fetched tree, by its path from the tree's root; `None` where there is none. Faults (permanent): it lies outside
     /// the tree, is no regular file, or has more than `max` bytes.

@@ -473,7 +473,12 @@ pub fn apply_as(record: &Record, event: &Event, now: Millis, reads: u32) -> Resu
             audit = Audit::new(now, record.job.as_ref().map(|j| &j.id), "succeeded").with("build_only", true);
         }
         Event::Claimed | Event::BuildsComplete | Event::Landed => {}
-        Event::Fetched(fetched) => audit = audit.with("components", fetched.recipes.len()),
+        Event::Fetched(fetched) => {
+            audit = audit.with("components", fetched.recipes.len());
+            if let Some(signer) = &fetched.signed_by {
+                audit = audit.with("signed_by", signer.as_str());
+            }
+        }
         Event::BuildIntended { component } => audit = audit.with("component", component.as_str()),
         Event::BuildDone { component, built } => {
             audit = audit

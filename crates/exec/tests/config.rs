@@ -77,6 +77,8 @@ fn what_cannot_be_used_keeps_it_from_starting() {
     check(&[("EXEC_ALLOWED_BINARIES", "git,sh")], programs);
     check(&[("EXEC_ALLOWED_BINARIES", ",")], programs);
     check(&[("EXEC_ALLOWED_SIGNERS_FILE", "signers")], "EXEC_ALLOWED_SIGNERS_FILE must be an absolute path");
+    check(&[("EXEC_REVOKED_SIGNERS_FILE", "./revoked")], "EXEC_REVOKED_SIGNERS_FILE must be an absolute path");
+    check(&[("EXEC_OPENPGP_KEYRING_FILE", "keys.gpg")], "EXEC_OPENPGP_KEYRING_FILE must be an absolute path");
     let root = "EXEC_CLONE_ROOT must be an absolute path below /, without '..'";
     for path in ["clones", "/", "/tmp/..", "/tmp/../etc"] {
         check(&[("EXEC_CLONE_ROOT", path)], root);

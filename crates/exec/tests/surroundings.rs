@@ -40,7 +40,7 @@ fn environment(program: &str, home: &Path, own: &BTreeMap<OsString, OsString>) -
             clone_root: Path::new("/tmp/elb-upgrade"),
             remote_is_plain: false,
             pin: Some("git.example.com:443:192.0.2.1"),
-            allowed_signers: None,
+            signers: None,
             askpass: None,
         },
     )

@@ -235,6 +235,7 @@ pub(crate) fn source(
     config.allow_loopback = source.allow_loopback;
     config.allow_private = source.allow_private;
     config.ca_file.clone_from(&source.ca_file);
+    config.verify.clone_from(&source.verify);
     GitSource::new(config).map(Some)
 }
 
@@ -365,6 +366,6 @@ impl Recipes for ReleaseRecipes {
                 source.check_paths(tree, component.as_str(), &recipe.dockerfile, &recipe.context).await?;
             }
         }
-        Ok(Fetched { recipes, manifest: manifest.to_json() })
+        Ok(Fetched { recipes, manifest: manifest.to_json(), signed_by: tree.signed_by.clone() })
     }
 }

@@ -13,8 +13,8 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 
 /// Contract §4: flushed at 64 KiB …
 const FLUSH_BYTES: usize = 64 * 1024;
-/// … or 2 s. A local file takes a batch in milliseconds, and a line is to be on the page within 1 s.
-const FLUSH_AFTER: Duration = Duration::from_millis(250);
+/// … or 2 s. A local file takes a batch in milliseconds, and a line is to be on the page within a quarter of a second.
+const FLUSH_AFTER: Duration = Duration::from_millis(100);
 /// Contract §4: at most 3 MiB per append.
 const APPEND_MAX: usize = 3 * 1024 * 1024;
 /// Contract §4: up to 16 MiB are held per log while the store is down.

@@ -35,7 +35,9 @@ Environment:
   EXEC_POLICY                 enforce, or audit: only report [enforce]
   EXEC_CLONE_ROOT             where clones go [/tmp/elb-upgrade]
   EXEC_CLONE_MAX_BYTES        of the disk, for each clone [4 GiB]
-  EXEC_ALLOWED_SIGNERS_FILE   keys that git verify-tag trusts
+  EXEC_ALLOWED_SIGNERS_FILE   SSH keys that git verify-tag trusts
+  EXEC_REVOKED_SIGNERS_FILE   SSH keys that it no longer trusts
+  EXEC_OPENPGP_KEYRING_FILE   OpenPGP keys that it trusts
   UPGRADE_GIT_REMOTE          the one remote that git may reach
   EXEC_ALLOW_PRIVATE_REMOTE   true: it may have a private address
   EXEC_ALLOW_LOOPBACK_REMOTE  true, for development: it may be this machine

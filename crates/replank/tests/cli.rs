@@ -204,7 +204,8 @@ fn building() -> Phase {
         repository: "shop-api".into(),
         unlabelled: false,
     };
-    let fetched = Fetched { recipes: [(name("api"), recipe)].into(), manifest: serde_json::Value::Null };
+    let fetched =
+        Fetched { recipes: [(name("api"), recipe)].into(), manifest: serde_json::Value::Null, signed_by: None };
     let build = Build { attempt: 1, intended_at: Millis(0), built: None };
     Phase::Building(Building { fetched, builds: [(name("api"), build)].into() })
 }

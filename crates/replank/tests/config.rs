@@ -335,6 +335,67 @@ fn a_release_may_set_its_own_things_only() {
 }
 
 /// The reference names every key that the reader knows, and no other: each section is asked about a key that nobody has.
+/// Found by the fuzz target `manifest`: a release's author chose what the operator's terminal did.
+#[test]
+fn what_a_release_writes_reaches_no_terminal_as_it_is() {
+    for text in [
+        "\"\\u001b]0;x\\u0007\" = 1",
+        "components.\"\\u202e\".x = 1",
+        "schema = \"\\u0007\"",
+        "\u{7}",
+        "a = \"\u{202e}\u{7}\"",
+    ] {
+        let told = Manifest::parse(text).unwrap_err().in_one_line();
+        assert!(!told.contains(|c: char| c.is_control() || c == '\u{202e}'), "{text:?}: {told:?}");
+    }
+}
+
+#[test]
+fn signed_releases_are_configured() {
+    const REMOTE: &str = "remote = \"https://git.test/shop.git\"";
+    #[track_caller]
+    fn check(keys: &str, env: &[(&str, &str)], expect: Result<&str, &str>) {
+        let text = GOOD.replace(REMOTE, &format!("{REMOTE}\n{keys}"));
+        match (parse(&text, env), expect) {
+            (Ok(settings), Ok(expect)) => {
+                assert_eq!(format!("{:?}", settings.source.unwrap().verify), expect, "{keys}")
+            }
+            (Err(told), Err(expect)) => assert!(told.contains(expect) && told.lines().count() == 1, "{keys}: {told}"),
+            (got, expect) => panic!("{keys}: {expect:?} instead of {:?}", got.map(|s| s.source)),
+        }
+    }
+    let signed = "verify = \"signed-tags\"";
+    let with = |more: &str| format!("{signed}\n{more}");
+    let both =
+        "SignedTags(Signers { allowed: Some(\"/srv/shop/signers\"), revoked: None, openpgp: Some(\"/etc/keys.gpg\") })";
+    check("", &[], Ok("Nothing"));
+    check("verify = \"none\"", &[], Ok("Nothing"));
+    check(&with("allowed_signers_file = \"signers\"\nopenpgp_keyring_file = \"/etc/keys.gpg\""), &[], Ok(both));
+    check("verify = \"signed\"", &[], Err("source.verify"));
+    check(signed, &[], Err("there is no key that a tag could be signed with; add `allowed_signers_file"));
+    check(
+        &with("openpgp_keyring_file = \"a\"\nrevoked_signers_file = \"b\""),
+        &[],
+        Err("no SSH keys that it could revoke"),
+    );
+    check("allowed_signers_file = \"signers\"", &[], Err("no signature is asked for; set `verify"));
+    // The environment wins, and says so where it is wrong.
+    let keys = "allowed_signers_file = \"signers\"";
+    check(keys, &[("UPGRADE_GIT_VERIFY", "signed-tags")], Ok(&both.replace("Some(\"/etc/keys.gpg\")", "None")));
+    check(&with(keys), &[("UPGRADE_GIT_VERIFY", "none")], Err("no signature is asked for"));
+    // Through the exec channel the keys are the other end's.
+    let remote = ("UPGRADE_GIT_REMOTE", "https://git.test/shop.git");
+    let settings = parse(AZ_EXEC, &[remote, ("UPGRADE_GIT_VERIFY", "signed-tags")]).unwrap();
+    assert_eq!(format!("{:?}", settings.source.unwrap().verify), "SignedElsewhere");
+    let told = parse(&format!("{AZ_EXEC}\n[source]\n{REMOTE}\n{}", with(keys)), &[]).unwrap_err();
+    assert!(told.contains("the exec server's git checks signatures; give the keys to the exec server"), "{told}");
+    check(
+        "",
+        &[("UPGRADE_GIT_VERIFY", "yes")],
+        Err("UPGRADE_GIT_VERIFY: \"yes\" is not usable; set it to none or signed-tags"),
+    );
+}
+
 #[test]
 fn the_reference_names_every_key() {
     let reference = include_str!("../../../docs/configuration.md");

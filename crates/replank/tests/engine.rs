@@ -5,7 +5,7 @@
 mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicI64, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -39,6 +39,8 @@ struct Remote {
     /// How long each look takes by the case's clock.
     takes: AtomicI64,
     clock: Arc<Hand>,
+    /// Only signed tags are accepted.
+    signed: AtomicBool,
 }
 
 impl Remote {
@@ -66,6 +68,9 @@ impl Remote {
 impl Source for Remote {
     fn remote(&self) -> String {
         "https://git.test/shop.git".to_owned()
+    }
+    fn refuses_commits(&self) -> Option<String> {
+        self.signed.load(Ordering::SeqCst).then(|| "only signed tags are accepted".to_owned())
     }
     async fn refs(&self) -> Result<Refs, Fault> {
         self.asked.fetch_add(1, Ordering::SeqCst);
@@ -164,8 +169,13 @@ impl World {
         let ledger = Arc::new(SqliteLedger::new(store.clone(), record.application.clone()));
         ledger.commit(None, &record, &[]).await.unwrap();
         let clock = Arc::new(Hand(AtomicI64::new(1_700_000_100_000)));
-        let remote =
-            Remote { tags: Mutex::default(), asked: AtomicU32::new(0), takes: AtomicI64::new(0), clock: clock.clone() };
+        let remote = Remote {
+            tags: Mutex::default(),
+            asked: AtomicU32::new(0),
+            takes: AtomicI64::new(0),
+            clock: clock.clone(),
+            signed: AtomicBool::new(false),
+        };
         let remote = Arc::new(remote);
         let ports = Ports {
             clock: clock.clone(),
@@ -241,6 +251,23 @@ fn confirming() -> Record {
     (record.snapshot, record.serving, record.job) = (Some(snapshot), Some(new), Some(support::job("0.2.0")));
     record.phase = Phase::Confirming(Confirming { swap, deadline: Some(Millis(i64::MAX)), flip: None });
     record
+}
+
+#[tokio::test]
+async fn a_commit_is_refused_with_the_reason_where_tags_must_be_signed() {
+    let world = World::of_remote().await;
+    world.remote.offers(&["0.2.0"]);
+    let commit = || StartRequest { target_sha: Some(SHA.to_owned()), ..start() };
+    let why = |refused: Refusal| refused.to_string();
+    let before = world.engine.start(&alice(), commit()).await.map_err(why).unwrap_err();
+    assert!(!before.contains("signed"), "{before}");
+    world.remote.signed.store(true, Ordering::SeqCst);
+    let asked = world.remote.asked();
+    let refused = world.engine.start(&alice(), commit()).await.map_err(why).unwrap_err();
+    assert!(refused.contains("cannot be started: only signed tags are accepted"), "{refused}");
+    // It needs no look at the remote, and no job was begun.
+    assert_eq!(world.remote.asked(), asked);
+    assert!(world.events().await.iter().all(|event| event["event"] != "start"));
 }
 
 #[tokio::test]

@@ -136,6 +136,11 @@ async fn bad_requests_have_the_contract_s_codes() {
     let long = "x".repeat(281);
     for (path, body, expect) in [
         ("start", r#"{}"#.to_owned(), 422),
+        // Found by the fuzz target `bodies`: an array was taken for the fields in their order.
+        ("start", "[null,null,null,true]".to_owned(), 422),
+        ("reset", r#"["stuck"]"#.to_owned(), 422),
+        ("check", "[[]]".to_owned(), 422),
+        ("settings", "[true]".to_owned(), 422),
         ("start", r#"{"confirm_downtime":false}"#.to_owned(), 422),
         ("start", r#"{"confirm_downtime":true,"target_version":"1.2"}"#.to_owned(), 422),
         ("start", r#"{"confirm_downtime":true,"target_sha":"abc"}"#.to_owned(), 422),

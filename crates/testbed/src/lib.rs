@@ -12,6 +12,7 @@ pub mod engine;
 pub mod git;
 pub mod images;
 pub mod installed;
+pub mod keys;
 pub mod leftovers;
 pub mod liar;
 pub mod load;

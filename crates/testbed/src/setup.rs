@@ -12,7 +12,7 @@ use crate::process;
 const USUAL_SOCKET: &str = "/var/run/docker.sock";
 
 /// A program or file whose presence proves that the package is there; several where distributions differ.
-const NEEDED: [(&str, &[&str]); 13] = [
+const NEEDED: [(&str, &[&str]); 15] = [
     ("docker.io", &["/usr/sbin/dockerd", "/usr/bin/dockerd"]),
     // Ubuntu and newer Debian have the client in a package of its own; see `packages`.
     ("docker-cli", &["/usr/bin/docker"]),
@@ -22,6 +22,9 @@ const NEEDED: [(&str, &[&str]); 13] = [
     ("iproute2", &["/usr/sbin/ip", "/sbin/ip", "/usr/bin/ip"]),
     ("iptables", &["/usr/sbin/iptables", "/sbin/iptables"]),
     ("git", &["/usr/bin/git"]),
+    // Whoever asks for signed tags needs one of them beside git; the tests make keys with both.
+    ("openssh-client", &["/usr/bin/ssh-keygen"]),
+    ("gnupg", &["/usr/bin/gpg"]),
     // Two for tests alone: a damaged ledger, and one on a file system that is no place for it.
     ("sqlite3", &["/usr/bin/sqlite3"]),
     ("bindfs", &["/usr/bin/bindfs"]),

@@ -4,7 +4,12 @@ mod exec_client;
 mod exec_input;
 mod exec_server;
 mod exec_stream;
+mod idle;
+mod ledger;
+mod log_latency;
 mod pipeline;
+mod service;
+mod status;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -13,9 +18,11 @@ use anyhow::{Result, bail};
 
 use crate::build::{Build, Profile};
 
+const NAMES: &str = "pipeline, exec-stream, log-latency, status, idle, ledger";
+
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
-    /// What to measure: `pipeline` or `exec-stream`.
+    /// What to measure: `pipeline`, `exec-stream`, `log-latency`, `status`, `idle` or `ledger`.
     name: String,
     /// Print one JSON object.
     #[arg(long)]
@@ -32,7 +39,12 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let run = match options.name.as_str() {
         "pipeline" => pipeline::run,
         "exec-stream" => exec_stream::run,
-        other => bail!("there is no benchmark called {other}; there are: pipeline, exec-stream"),
+        "log-latency" => log_latency::run,
+        "status" => status::run,
+        "idle" => idle::run,
+        // It measures no process.
+        "ledger" => return ledger::run(options),
+        other => bail!("there is no benchmark called {other}; there are: {NAMES}"),
     };
     run(options, Build::replank_or(options.replank.as_deref(), Profile::Release)?)
 }
@@ -41,6 +53,13 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
+}
+
+/// The value that so great a share of them does not exceed.
+fn percentile(values: &mut [f64], share: f64) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let rank = (share * values.len() as f64).ceil() as usize;
+    values.get(rank.saturating_sub(1)).copied().unwrap_or(f64::NAN)
 }
 
 /// What is printed: beyond thousandths there is only noise.

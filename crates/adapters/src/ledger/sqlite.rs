@@ -82,9 +82,8 @@ impl Ledger for SqliteLedger {
         let row = self
             .read(|tx, app| {
                 let found = tx
-                    .query_row("SELECT version, body FROM record WHERE app = ?1", [app], |row| {
-                        Ok((row.get::<_, i64>(0)?, row.get::<_, Vec<u8>>(1)?))
-                    })
+                    .prepare_cached("SELECT version, body FROM record WHERE app = ?1")?
+                    .query_row([app], |row| Ok((row.get::<_, i64>(0)?, row.get::<_, Vec<u8>>(1)?)))
                     .optional()?;
                 Ok(found)
             })
@@ -122,25 +121,27 @@ impl Ledger for SqliteLedger {
             // Not an etag of ours, so not the stored one either.
             Some(Err(_)) => return Err(LedgerError::Conflict),
         };
-        let (format, min_reader) = (record.format, record.min_reader);
+        let (format, own_min_reader) = (record.format, record.min_reader);
         let lines = lines.to_vec();
         self.write(move |tx, app| {
-            let stored = tx
-                .query_row("SELECT version, min_reader FROM record WHERE app = ?1", [app], |row| {
-                    Ok((row.get::<_, i64>(0)?, row.get::<_, u32>(1)?))
-                })
-                .optional()?;
-            if stored.map(|(version, _)| version) != expected {
+            // In one look; there is a row even where nothing is stored yet.
+            let (stored, min_reader, end) = tx
+                .prepare_cached(
+                    "SELECT r.version, r.min_reader, (SELECT coalesce(max(seq) + 1, 0) FROM history WHERE app = ?1)
+                     FROM (SELECT 1) LEFT JOIN record r ON r.app = ?1",
+                )?
+                .query_row([app], |row| {
+                    Ok((row.get::<_, Option<i64>>(0)?, row.get::<_, Option<u32>>(1)?, row.get::<_, i64>(2)?))
+                })?;
+            if stored != expected {
                 return stop(LedgerError::Conflict);
             }
-            if let Some((_, min_reader)) = stored
+            if let Some(min_reader) = min_reader
                 && let Err(error) = format::is_readable(min_reader, FORMAT)
             {
                 return stop(too_new(error));
             }
-            let end: i64 =
-                tx.query_row("SELECT coalesce(max(seq) + 1, 0) FROM history WHERE app = ?1", [app], |r| r.get(0))?;
-            let mut insert = tx.prepare("INSERT INTO history (app, seq, bytes) VALUES (?1, ?2, ?3)")?;
+            let mut insert = tx.prepare_cached("INSERT INTO history (app, seq, bytes) VALUES (?1, ?2, ?3)")?;
             for (line, seq) in lines.iter().zip(end..) {
                 if line.seq != uint(seq) {
                     return stop(LedgerError::Conflict);
@@ -149,12 +150,12 @@ impl Ledger for SqliteLedger {
             }
             let version = expected.unwrap_or(0) + 1;
             // Updated in place: a newer controller's columns keep their values.
-            tx.execute(
+            tx.prepare_cached(
                 "INSERT INTO record (app, version, format, min_reader, body) VALUES (?1, ?2, ?3, ?4, ?5)
                  ON CONFLICT (app) DO UPDATE SET version = excluded.version, format = excluded.format,
                      min_reader = excluded.min_reader, body = excluded.body",
-                params![app, version, format, min_reader, body],
-            )?;
+            )?
+            .execute(params![app, version, format, own_min_reader, body])?;
             Ok(Etag(version.to_string()))
         })
         .await
@@ -342,7 +343,7 @@ impl Tokens for SqliteLedger {
         let hash = hash.clone();
         self.read(move |tx, _| {
             let select = format!("SELECT {TOKEN_COLUMNS} FROM token WHERE hash = ?1");
-            match tx.query_row(&select, [hash.as_str()], token).optional()? {
+            match tx.prepare_cached(&select)?.query_row([hash.as_str()], token).optional()? {
                 None => Ok(None),
                 Some(Ok(found)) => Ok(Some(found)),
                 Some(Err(error)) => stop(error),

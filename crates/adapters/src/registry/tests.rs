@@ -58,7 +58,11 @@ async fn build(repository: &str, name: &str, installation: &InstallationId, push
             repository: repository.to_owned(),
             unlabelled: false,
         },
-        tree: Tree { path: dir.path().to_owned(), commit: CommitSha::new("c".repeat(40)).expect("commit") },
+        tree: Tree {
+            path: dir.path().to_owned(),
+            commit: CommitSha::new("c".repeat(40)).expect("commit"),
+            signed_by: None,
+        },
         version: Version::release(1, 0, 0),
         remote: "https://git.example/shop.git".to_owned(),
     };

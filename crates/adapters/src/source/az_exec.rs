@@ -16,6 +16,7 @@ use replank_exec::protocol::{Credential, Outcome, Request};
 
 use super::git::tree::check_relative;
 use super::git::{GitSource, same};
+use super::signed::{Said, judge, lightweight};
 use crate::exec_channel::Channel;
 
 /// Below the fetching budget of 600 s.
@@ -171,6 +172,31 @@ impl AzExecSource {
         Ok(())
     }
 
+    /// The signer of the clone's tag, by the keys that the exec server's operator gave it; `None` where nobody asks. The server's
+    /// git says whether the signature is good; what is signed, and that somebody is named, is judged here.
+    async fn signer(&self, clone: &Path, target: &Target) -> Result<Option<String>, Fault> {
+        if !self.git.wants_signatures() {
+            return Ok(None);
+        }
+        let object = self.object(clone, &target.raw_ref).await?;
+        let annotated = self.object(clone, &format!("{}^{{tag}}", target.raw_ref)).await?;
+        let Some(object) = annotated.filter(|annotated| Some(annotated) == object.as_ref()) else {
+            return Err(Fault::permanent(lightweight(&target.version.tag()))
+                .advice("ask the release's maintainer for a signed tag; nothing was built"));
+        };
+        let outcome = self.git_in(clone, &["verify-tag", "--raw", "--verbose", &object]).await?;
+        if outcome.exit_code == replank_exec::protocol::EXIT_NOT_STARTED {
+            return Err(failed("git verify-tag", &outcome));
+        }
+        let said = Said { object: outcome.stdout.as_bytes(), is_good: outcome.exit_code == 0, words: &outcome.stderr };
+        judge(target, &said, &[]).map(Some).map_err(|fault| {
+            let advice =
+                "the exec server's EXEC_ALLOWED_SIGNERS_FILE or EXEC_OPENPGP_KEYRING_FILE says whose signature counts";
+            let before = fault.advice.clone();
+            fault.advice(format!("{before}; {advice}"))
+        })
+    }
+
     /// What a file holds, from a clone on this machine.
     async fn read_here(&self, path: &str, max: usize) -> Result<Option<Vec<u8>>, Fault> {
         let last = self.last.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -228,6 +254,10 @@ impl Source for AzExecSource {
         self.git.remote()
     }
 
+    fn refuses_commits(&self) -> Option<String> {
+        self.git.refuses_commits()
+    }
+
     async fn refs(&self) -> Result<Refs, Fault> {
         self.git.refs().await
     }
@@ -239,9 +269,9 @@ impl Source for AzExecSource {
             let name = if place == 1 { job.to_string() } else { format!("{job}.{place}") };
             let clone = self.clone_root.join(name);
             let is_taken = self.git_in(&clone, &["rev-parse", "--is-inside-work-tree"]).await?.exit_code == 0;
-            let tree = Tree { path: clone.clone(), commit: target.commit.clone() };
+            let tree = |signed_by| Tree { path: clone.clone(), commit: target.commit.clone(), signed_by };
             if is_taken && self.is_whole(&clone, target).await? {
-                return Ok(tree);
+                return Ok(tree(self.signer(&clone, target).await?));
             }
             if is_taken {
                 continue;
@@ -249,7 +279,7 @@ impl Source for AzExecSource {
             self.clone(&clone, target, log).await?;
             self.scrub(&clone).await?;
             self.verify(&clone, target).await?;
-            return Ok(tree);
+            return Ok(tree(self.signer(&clone, target).await?));
         }
         Err(Fault::permanent(format!("{PLACES} clones of this job were begun on the exec server, and none is whole"))
             .advice("start the upgrade again: a new job has a place of its own"))

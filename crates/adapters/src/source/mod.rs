@@ -3,3 +3,4 @@
 pub mod az_exec;
 pub mod conformance;
 pub mod git;
+mod signed;

@@ -248,6 +248,7 @@ fn building(components: &[&str], begun: usize) -> Record {
         fetched: Fetched {
             recipes: components.iter().map(|c| (component(c), recipe.clone())).collect(),
             manifest: serde_json::Value::Null,
+            signed_by: None,
         },
         builds: components[..begun].iter().map(|c| (component(c), build.clone())).collect(),
     });

@@ -108,7 +108,7 @@ pub fn fetched() -> Fetched {
         repository: "shop/app".to_owned(),
         unlabelled: false,
     };
-    Fetched { recipes: BTreeMap::from([(app(), recipe)]), manifest: serde_json::Value::Null }
+    Fetched { recipes: BTreeMap::from([(app(), recipe)]), manifest: serde_json::Value::Null, signed_by: None }
 }
 
 fn observed(ops: &[Op]) -> BTreeMap<Op, OpState> {

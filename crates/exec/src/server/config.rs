@@ -11,6 +11,7 @@ use super::remote::Remote;
 use crate::outbound::Reach;
 use crate::policy::{PROGRAMS, Rules};
 use crate::protocol::DEFAULT_PORT;
+use crate::signers::Signers;
 
 const TOKEN_LENGTH: std::ops::RangeInclusive<usize> = 16..=1_024;
 /// As much as the git source allows.
@@ -35,7 +36,7 @@ pub struct Config {
     pub reach: Reach,
     pub mode: Mode,
     /// Keys that `git verify-tag` trusts.
-    pub allowed_signers: Option<PathBuf>,
+    pub signers: Signers,
     /// Programs at the same time.
     pub max_concurrency: usize,
     /// Bytes of a request's body.
@@ -138,11 +139,11 @@ impl Config {
             Some("audit") => Mode::Audit,
             Some(_) => return unusable("EXEC_POLICY", "must be enforce or audit"),
         };
-        let allowed_signers = get("EXEC_ALLOWED_SIGNERS_FILE").map(PathBuf::from);
-        if allowed_signers.as_ref().is_some_and(|file| !file.is_absolute()) {
-            // git would look for it in the clone, and a release would say who may sign it.
-            return unusable("EXEC_ALLOWED_SIGNERS_FILE", "must be an absolute path");
-        }
+        let signers = Signers {
+            allowed: absolute(&get, "EXEC_ALLOWED_SIGNERS_FILE")?,
+            revoked: absolute(&get, "EXEC_REVOKED_SIGNERS_FILE")?,
+            openpgp: absolute(&get, "EXEC_OPENPGP_KEYRING_FILE")?,
+        };
         let limited = switch(&get, "STRICT_EXEC_RATE_LIMIT")?;
         let starts = number(&get, "EXEC_RATE_LIMIT_PER_WINDOW", 120, 1..=1_000_000)?;
         let window = number(&get, "EXEC_RATE_LIMIT_WINDOW_SECONDS", 60, 1..=86_400)?;
@@ -153,7 +154,7 @@ impl Config {
             remote,
             reach,
             mode,
-            allowed_signers,
+            signers,
             max_concurrency: number(&get, "EXEC_MAX_CONCURRENCY", 4, 1..=256)?,
             max_body: number(&get, "EXEC_MAX_BODY_BYTES", 8 * MEBIBYTE, 1024..=64 * MEBIBYTE)?,
             max_output: number(&get, "EXEC_RUN_MAX_OUTPUT_BYTES", 8 * MEBIBYTE, 1024..=64 * MEBIBYTE)?,
@@ -173,6 +174,14 @@ fn programs(text: Option<&str>) -> Result<BTreeSet<String>, Unusable> {
         return unusable(NAME, format!("must name some of {}", PROGRAMS.join(" ")));
     }
     Ok(given)
+}
+
+/// A file that means the same in whatever directory a program is started: a clone's own would let a release say who may sign it.
+fn absolute(get: &impl Fn(&str) -> Option<String>, name: &'static str) -> Result<Option<PathBuf>, Unusable> {
+    match get(name).map(PathBuf::from) {
+        Some(path) if !path.is_absolute() => unusable(name, "must be an absolute path"),
+        path => Ok(path),
+    }
 }
 
 /// Off unless it is set.

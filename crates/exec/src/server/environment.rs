@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
+use crate::signers;
+
 /// Variables that are this server's own affair.
 const OWN: &str = "EXEC_";
 /// What git is given from the server's environment: where programs are, and the way out of a network with a proxy.
@@ -37,9 +39,6 @@ fn settings(around: &Surroundings<'_>) -> Vec<(&'static str, OsString)> {
         ("safe.bareRepository", "explicit"),
         ("submodule.recurse", "false"),
         ("fetch.recurseSubmodules", "false"),
-        ("gpg.program", "gpg"),
-        ("gpg.x509.program", "gpgsm"),
-        ("gpg.ssh.program", "ssh-keygen"),
         ("gc.auto", "0"),
         ("maintenance.auto", "false"),
     ]
@@ -49,10 +48,7 @@ fn settings(around: &Surroundings<'_>) -> Vec<(&'static str, OsString)> {
     if let Some(pin) = around.pin {
         all.push(("http.curloptResolve", pin.into()));
     }
-    if let Some(file) = around.allowed_signers {
-        all.push(("gpg.format", "ssh".into()));
-        all.push(("gpg.ssh.allowedSignersFile", file.into()));
-    }
+    all.extend(around.signers.map_or_else(signers::nobody, |ready| ready.settings.clone()));
     all
 }
 
@@ -70,7 +66,8 @@ pub struct Surroundings<'a> {
     pub remote_is_plain: bool,
     /// The remote's addresses, as git's `http.curloptResolve` wants them.
     pub pin: Option<&'a str>,
-    pub allowed_signers: Option<&'a Path>,
+    /// Whose signatures count; nobody's, where there is none.
+    pub signers: Option<&'a signers::Ready>,
     /// Answers git when it asks who the user is.
     pub askpass: Option<&'a Path>,
 }

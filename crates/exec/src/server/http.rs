@@ -257,7 +257,7 @@ impl Server {
         let fresh = self.places.fresh().map_err(|error| internal(&error))?;
         let order = match &judged.unreached {
             Some(not_run) => Err(not_run.clone()),
-            None => Ok(self.order(request, &fresh, &judged).map_err(|error| internal(&error))?),
+            None => self.order(request, &fresh, &judged).map_err(|error| internal(&error))?,
         };
         let started = Started::tell(&name, self.number.fetch_add(1, Ordering::Relaxed), would_refuse);
         Ok(Ready { order, started, fresh, slot, running: client.running() })

@@ -1,11 +1,11 @@
 //! From a request that may run to a program that runs: its directory, its input, its environment, and what is left of it all.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::{OpenOptions, Permissions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use serde_json::json;
 use tokio::sync::OwnedSemaphorePermit;
@@ -17,6 +17,10 @@ use super::environment::{self, Surroundings};
 use super::http::{Judged, Server};
 use super::place::Fresh;
 use crate::protocol::{Credential, EXIT_NOT_STARTED, Request};
+use crate::signers::{self, Signers};
+
+/// The one subcommand of git that asks whose signatures count.
+const VERIFY: &str = "verify-tag";
 
 /// Why there is no program that ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,7 +68,12 @@ impl Ready {
 
 impl Server {
     /// What to run, and how.
-    pub(super) fn order(&self, request: Request, fresh: &Fresh, judged: &Judged) -> io::Result<Order> {
+    pub(super) fn order(&self, request: Request, fresh: &Fresh, judged: &Judged) -> io::Result<Result<Order, NotRun>> {
+        let signers = match self.signers(&request, fresh) {
+            Some(Ok(ready)) => Some(ready),
+            Some(Err(not_run)) => return Ok(Err(not_run)),
+            None => None,
+        };
         let timeout = Duration::from_secs(request.timeout());
         let mut input = request.stdin.map(String::into_bytes);
         if let (Some(file), Some(bytes)) = (&request.stdin_file, &input) {
@@ -84,14 +93,29 @@ impl Server {
             clone_root: &config.rules.clone_root,
             remote_is_plain: config.remote.as_ref().is_some_and(super::remote::Remote::is_plain),
             pin: judged.pin.as_deref(),
-            allowed_signers: config.allowed_signers.as_deref(),
+            signers: signers.as_ref(),
             askpass: askpass.as_deref(),
         };
         let program = request.argv.first().map(String::as_str).unwrap_or_default();
         let environment = environment::of(program, &around);
         let directory = request.cwd.map_or_else(|| fresh.work.clone(), PathBuf::from);
         let room = judged.fills.clone().map(|path| (path, config.max_clone));
-        Ok(Order { argv: request.argv, directory, environment, input, timeout, room })
+        Ok(Ok(Order { argv: request.argv, directory, environment, input, timeout, room }))
+    }
+
+    /// The keys, where signatures are to be checked and any is configured. Read anew each time.
+    fn signers(&self, request: &Request, fresh: &Fresh) -> Option<Result<signers::Ready, NotRun>> {
+        let signers = &self.config().signers;
+        let checks = request.argv.first().is_some_and(|name| name == "git") && request.argv.iter().any(|w| w == VERIFY);
+        if !checks || *signers == Signers::default() {
+            return None;
+        }
+        let search = self.own().get(OsStr::new("PATH")).map(OsString::as_os_str).unwrap_or_default();
+        let ready = signers.prepare(&fresh.own, search, SystemTime::now());
+        Some(ready.map_err(|why| {
+            let cause = std::error::Error::source(&why).map(|cause| format!(": {cause}")).unwrap_or_default();
+            NotRun { exit_code: EXIT_NOT_STARTED, why: format!("{why}{cause}; {}", why.advice()) }
+        }))
     }
 
     /// The directory that the Azure CLI keeps its settings in, where the operator has chosen one.

@@ -16,7 +16,7 @@ use super::places::{az_exec_rules, exec, is_listed, registry};
 use super::reader::{Document, Problem, nearest};
 use super::{
     BuildSettings, Builder, ComponentSettings, CredentialSettings, LISTEN, PlatformSettings, Problems,
-    RegistrySettings, ServerSettings, Settings, SourceSettings, raw,
+    RegistrySettings, ServerSettings, Settings, SourceSettings, raw, signed,
 };
 
 /// Contract §1: a validation that may take less than a minute fails healthy revisions on a busy machine.
@@ -56,7 +56,7 @@ pub fn settings(doc: &Document, file: &Path, env: &Environment) -> Result<Settin
     };
     resolve(&mut platform, &at);
     references(doc, &platform);
-    let source = source(doc, raw.source, env, &mut outside, &at);
+    let source = source(doc, raw.source, builder, env, &mut outside, &at);
     let server = server(doc, raw.server);
     az_exec_rules(doc, builder, platform.runs, &components);
     let build = build(doc, raw.build, &at);
@@ -284,6 +284,7 @@ fn resolve_secret(secret: &mut SecretSource, at: &impl Fn(PathBuf) -> PathBuf) {
 fn source(
     doc: &Document,
     raw: Option<raw::Source>,
+    builder: Builder,
     env: &Environment,
     outside: &mut Vec<Problem>,
     at: &impl Fn(PathBuf) -> PathBuf,
@@ -297,8 +298,13 @@ fn source(
             allow_loopback: false,
             allow_private: false,
             ca_file: None,
+            verify: None,
+            allowed_signers_file: None,
+            revoked_signers_file: None,
+            openpgp_keyring_file: None,
         })
     })?;
+    let verify = signed::verify(doc, &raw, builder, env, outside, at);
     let credential = raw.credential.and_then(|c| {
         let password = match (c.password_file, c.password_env) {
             (Some(file), None) => SecretSource::File(at(file)),
@@ -346,6 +352,7 @@ fn source(
         allow_loopback,
         allow_private: raw.allow_private,
         ca_file: raw.ca_file.map(at),
+        verify,
     })
 }
 

@@ -9,6 +9,7 @@ mod places;
 mod raw;
 pub mod reader;
 mod reference;
+mod signed;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -19,6 +20,7 @@ use std::time::Duration;
 use replank_adapters::platform::docker::config::{
     ContainerConfig, DataConfig, DockerConfig, ListenerConfig, ProxyConfig, SecretSource,
 };
+use replank_adapters::source::git::Verify;
 use replank_core::phase::Mode;
 use replank_core::policy::Policy;
 use replank_core::record::OnRolloutFailure;
@@ -79,6 +81,8 @@ pub struct SourceSettings {
     pub allow_loopback: bool,
     pub allow_private: bool,
     pub ca_file: Option<PathBuf>,
+    /// Whether only signed tags are releases, and where the keys are that may have signed them.
+    pub verify: Verify,
 }
 
 #[derive(Debug, Clone)]

@@ -86,6 +86,17 @@ pub struct Source {
     #[serde(default)]
     pub allow_private: bool,
     pub ca_file: Option<PathBuf>,
+    pub verify: Option<Verify>,
+    pub allowed_signers_file: Option<PathBuf>,
+    pub revoked_signers_file: Option<PathBuf>,
+    pub openpgp_keyring_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verify {
+    None,
+    SignedTags,
 }
 
 fn main_branch() -> String {

@@ -82,7 +82,8 @@ impl Document {
     pub fn parse(file: &str, text: &str, unknown_advice: &'static str) -> Result<Self, Vec<Problem>> {
         let place = |span: Option<Range<usize>>, what: String, advice: &str| {
             let (line, column) = span.map_or((0, 0), |s| place_of(text, s.start));
-            Problem { file: file.to_owned(), line, column, key: String::new(), what, advice: advice.to_owned() }
+            let (what, advice) = (plain(&what), advice.to_owned());
+            Problem { file: file.to_owned(), line, column, key: String::new(), what, advice }
         };
         if text.len() > TEXT_MAX {
             let what = format!("the file has {} bytes and {TEXT_MAX} are the most", text.len());
@@ -149,6 +150,7 @@ impl Document {
 
     fn push(&self, at: Option<usize>, key: String, what: String, advice: String) {
         let (line, column) = at.map_or((0, 0), |at| place_of(&self.text, at));
+        let (key, what, advice) = (plain(&key), plain(&what), plain(&advice));
         self.found.borrow_mut().push(Problem { file: self.file.clone(), line, column, key, what, advice });
     }
 
@@ -183,6 +185,20 @@ impl Document {
         node.spoiled.set(true);
         Failure::Reported
     }
+}
+
+/// Names and values are whoever's wrote the file, a release's author too: what a terminal would obey is made visible.
+fn plain(text: &str) -> String {
+    let is_plain = |c: char| c == ' ' || c.is_ascii_graphic();
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if is_plain(c) {
+            out.push(c);
+        } else {
+            out.extend(c.escape_debug());
+        }
+    }
+    out
 }
 
 /// Line and column, counted from 1; columns in characters.

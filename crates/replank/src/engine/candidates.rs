@@ -74,6 +74,10 @@ impl Remote {
         self.source.remote()
     }
 
+    pub(super) fn refuses_commits(&self) -> Option<String> {
+        self.source.refuses_commits()
+    }
+
     /// The remote's refs with moved tags refused, or why they cannot be had.
     pub(super) async fn refs(&self, age: Age) -> Result<Refs, Told> {
         let asked = self.clock.now();

@@ -266,6 +266,9 @@ impl Engine for LocalEngine {
             return Err(refusal(Refused::InFlight { from: record.phase.state() }));
         }
         let remote = self.remote()?;
+        if let (Wanted::Commit { sha }, Some(why)) = (&wanted, remote.refuses_commits()) {
+            return Err(Refusal::Conflict(format!("commit {} cannot be started: {why}", sha.short())));
+        }
         let own = self.setup.own_version.as_ref();
         let refs = |age| async move { remote.refs(age).await.map_err(|told| Refusal::Unavailable(told.sentence())) };
         let target = match choose(&wanted, &refs(Age::Good(START_REFS_MS)).await?, &record, own) {

@@ -11,6 +11,7 @@ use replank_core::words::Digest;
 
 use super::App;
 use super::errors::ApiError;
+use super::glance::Glance;
 use super::guard::{is_loopback_name, split_host};
 use super::serve::Peer;
 
@@ -68,7 +69,8 @@ pub fn dev_bypass(
 }
 
 impl Caller {
-    async fn of(parts: &Parts, app: &App) -> Result<Self, ApiError> {
+    /// With `glance`, a token that was found a moment ago is taken from there: only where nothing but looking is allowed.
+    pub(super) async fn of(parts: &Parts, app: &App, glance: Option<&Glance>) -> Result<Self, ApiError> {
         let Some(Peer(peer)) = parts.extensions.get::<Peer>().copied() else {
             return Err(ApiError::new(StatusCode::UNAUTHORIZED, "the caller's address is not known"));
         };
@@ -85,14 +87,15 @@ impl Caller {
             let (scheme, secret) = v.split_once(' ')?;
             scheme.eq_ignore_ascii_case("bearer").then(|| secret.trim())
         });
-        let found = match secret.filter(|s| !s.is_empty() && s.len() <= SECRET_MAX) {
-            Some(secret) => {
-                let hash = hash_secret(secret);
-                app.tokens.by_hash(&hash).await.map_err(|e| ApiError::internal(&e))?
-            }
-            None => None,
-        };
         let now = app.clock.now();
+        let hash = secret.filter(|s| !s.is_empty() && s.len() <= SECRET_MAX).map(hash_secret);
+        let known = hash.as_ref().and_then(|hash| glance?.token(hash));
+        let is_known = known.is_some();
+        let found = match (known, &hash) {
+            (Some(token), _) => Some(token),
+            (None, Some(hash)) => app.tokens.by_hash(hash).await.map_err(|e| ApiError::internal(&e))?,
+            (None, None) => None,
+        };
         let usable = found.filter(|t| t.revoked_at.is_none() && t.expires_at.is_none_or(|until| now < until));
         let Some(token) = usable else {
             if let Some(wait) = app.strikes.strike(peer.ip()) {
@@ -103,8 +106,11 @@ impl Caller {
             return Err(ApiError::new(StatusCode::UNAUTHORIZED, detail));
         };
         // Best effort by contract of the port: a sign-in must not fail because of it.
-        if let Err(error) = app.tokens.used(&token.id, now).await {
+        if !is_known && let Err(error) = app.tokens.used(&token.id, now).await {
             tracing::debug!(%error, "a token's last use was not written");
+        }
+        if !is_known && let Some(glance) = glance {
+            glance.found(&token);
         }
         let actor = Actor { oid: token.id, name: token.name, from: peer.ip().to_string() };
         Ok(Self { actor, role: token.role, hash: Some(token.hash) })
@@ -131,14 +137,14 @@ impl Caller {
 impl FromRequestParts<App> for Caller {
     type Rejection = ApiError;
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
-        Self::of(parts, app).await
+        Self::of(parts, app, None).await
     }
 }
 
 impl FromRequestParts<App> for Admin {
     type Rejection = ApiError;
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
-        let caller = Caller::of(parts, app).await?;
+        let caller = Caller::of(parts, app, None).await?;
         match caller.role {
             Role::Admin => Ok(Self(caller)),
             Role::Reader => {

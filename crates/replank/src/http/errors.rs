@@ -6,6 +6,7 @@ use http::{HeaderValue, StatusCode, header};
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use super::bodies::BadBody;
 use crate::engine::api::Refusal;
 
 /// The content type of every error.
@@ -75,6 +76,15 @@ impl From<Refusal> for ApiError {
                 tracing::warn!(%detail, "a request could not be answered now");
                 Self { retry_after_s: Some(1), ..Self::new(StatusCode::SERVICE_UNAVAILABLE, detail) }
             }
+        }
+    }
+}
+
+impl From<BadBody> for ApiError {
+    fn from(bad: BadBody) -> Self {
+        match bad {
+            BadBody::NotJson => Self::bad_request(bad.to_string()),
+            BadBody::Invalid(detail) => Self::invalid(detail),
         }
     }
 }

@@ -5,11 +5,11 @@ use bytes::Bytes;
 use http::StatusCode;
 use http::request::Parts;
 use http_body_util::{BodyExt as _, LengthLimitError, Limited};
-use serde::de::{DeserializeOwned, IgnoredAny};
+use serde::de::DeserializeOwned;
 
-use super::App;
 use super::errors::ApiError;
 use super::limits::BODY_MAX;
+use super::{App, bodies};
 
 /// A request's body, bounded, to be read as JSON. Fields that are not known are refused.
 pub struct Body(Bytes);
@@ -29,25 +29,16 @@ impl FromRequest<App> for Body {
 }
 
 impl Body {
-    pub fn required<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
-        let is_object = self.0.trim_ascii_start().first() == Some(&b'{');
-        // Types of ours would also be read from a list of their fields' values, which nobody means.
-        if !is_object && serde_json::from_slice::<IgnoredAny>(&self.0).is_ok() {
-            return Err(ApiError::invalid("the body is not a JSON object"));
-        }
-        serde_json::from_slice(&self.0).map_err(|error| match error.classify() {
-            serde_json::error::Category::Data => {
-                ApiError::invalid(format!("the body is not what it should be: {error}"))
-            }
-            serde_json::error::Category::Io
-            | serde_json::error::Category::Syntax
-            | serde_json::error::Category::Eof => ApiError::bad_request("the body is not JSON"),
-        })
+    pub fn bytes(&self) -> &[u8] {
+        &self.0
     }
 
-    /// No body at all, or `null`, is the default.
+    pub fn required<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
+        Ok(bodies::required(&self.0)?)
+    }
+
     pub fn optional<T: DeserializeOwned + Default>(&self) -> Result<T, ApiError> {
-        if matches!(self.0.trim_ascii(), b"" | b"null") { Ok(T::default()) } else { self.required() }
+        Ok(bodies::optional(&self.0)?)
     }
 }
 

@@ -1,10 +1,12 @@
 //! The HTTP face (contract §2): routes, sign-in, guards and views. Handlers only call engine commands.
 
 mod auth;
+pub mod bodies;
 mod document;
 mod errors;
 mod events;
 mod extract;
+mod glance;
 mod guard;
 mod limits;
 mod logs;
@@ -70,6 +72,7 @@ pub struct Http {
     pub(crate) options: Options,
     pub(crate) streams: limits::Streams,
     pub(crate) strikes: limits::Strikes,
+    pub(crate) glance: glance::Glance,
     /// Ends streams when the service is to stop: they would hold a graceful shutdown for ever.
     pub(crate) stopping: CancellationToken,
 }
@@ -84,6 +87,7 @@ impl Http {
             clock,
             streams: limits::Streams::default(),
             strikes: limits::Strikes::default(),
+            glance: glance::Glance::default(),
             options,
             stopping: CancellationToken::new(),
         })

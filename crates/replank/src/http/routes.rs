@@ -2,28 +2,27 @@
 //! a handler is its part of the API's document; `document.rs` adds what all routes have in common.
 
 use axum::extract::State;
-use axum::response::IntoResponse;
+use axum::response::{IntoResponse, Response};
 use axum::{Json, Router, middleware};
 use http::{StatusCode, header};
-use replank_core::record::{Record, TargetKind};
-use replank_core::words::{CommitSha, IdempotencyKey, Version};
+use replank_core::record::Record;
 use serde::Deserialize;
 use serde_json::{Map, Value};
+use utoipa::IntoParams;
 use utoipa::openapi::schema::{Object, ObjectBuilder, Type};
-use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::auth::{Admin, Caller};
+use super::bodies::{self, Nothing, Reason, ResetReason, Rollback, Wanted};
 use super::errors::ApiError;
 use super::extract::{Asked, Body, number};
+use super::glance::{self, Looker};
 use super::guard::{guard, nothing_here, wrong_method};
 use super::row::Row;
 use super::{App, document, events, logs, metrics, row, views};
 use crate::engine::api::StartRequest;
 
-/// Contract §2, in characters.
-const REASON_MAX: usize = 280;
 const HISTORY_DEFAULT: usize = 50;
 /// Most history lines of one answer; a line has a few hundred bytes.
 const HISTORY_MAX: usize = 1_000;
@@ -65,62 +64,6 @@ pub fn router(app: App) -> Router {
         .layer(middleware::from_fn_with_state(app.clone(), guard))
         .layer(middleware::from_fn_with_state(app.clone(), metrics::count))
         .with_state(app)
-}
-
-/// Why something is done, for the history.
-#[derive(Debug, Default, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-struct Reason {
-    #[schema(max_length = 280)]
-    reason: Option<String>,
-}
-
-/// Why, and what is known of the data.
-#[derive(Debug, Default, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-struct Rollback {
-    #[schema(max_length = 280)]
-    reason: Option<String>,
-    /// The data are those of the version that is restored, where a data step had closed the way back.
-    #[serde(default)]
-    data_restored: bool,
-}
-
-/// Why a job is given up, for the history.
-#[derive(Debug, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-struct ResetReason {
-    /// Not only blanks.
-    #[schema(min_length = 1, max_length = 280, pattern = r"\S")]
-    reason: String,
-}
-
-/// A body that says nothing.
-#[derive(Debug, Default, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-struct Nothing {}
-
-#[derive(Debug, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-struct Wanted {
-    /// Whether commits of the tracking branch may be started.
-    track_commits: bool,
-}
-
-impl Reason {
-    fn text(self) -> Result<String, ApiError> {
-        let reason = self.reason.unwrap_or_default();
-        check_reason(&reason)?;
-        Ok(reason)
-    }
-}
-
-fn check_reason(reason: &str) -> Result<(), ApiError> {
-    let length = reason.chars().count();
-    if length > REASON_MAX {
-        return Err(ApiError::invalid(format!("the reason has {length} characters and {REASON_MAX} are the most")));
-    }
-    Ok(())
 }
 
 fn view(app: &App, record: &Record) -> Row {
@@ -171,9 +114,8 @@ async fn openapi() -> impl IntoResponse {
 /// What runs, what is newest and what is going on.
 #[utoipa::path(get, path = "/status", tag = "upgrade", security(("token" = [])),
     responses((status = 200, description = "The row", body = Row)))]
-async fn status(State(app): State<App>, _: Caller) -> Answer<Row> {
-    let record = app.engine.record().await?;
-    Ok(Json(view(&app, &record)))
+async fn status(State(app): State<App>, _: Looker) -> Result<Response, ApiError> {
+    glance::status(&app).await
 }
 
 /// Releases that can be started, and those that are refused. A remote that fails is told in the answer.
@@ -225,31 +167,10 @@ async fn command(app: &App, caller: &Caller, name: &str, tried: impl Future<Outp
 ))]
 async fn start(State(app): State<App>, Admin(caller): Admin, body: Body) -> Accepted {
     let tried = async {
-        let request: StartRequest = body.required()?;
-        check_start(&request)?;
+        let request = bodies::start(body.bytes())?;
         Ok(app.engine.start(&caller.actor, request).await?)
     };
     command(&app, &caller, "start", tried).await
-}
-
-/// The shapes of contract §2; whether the target was offered is the engine's to judge.
-fn check_start(request: &StartRequest) -> Result<(), ApiError> {
-    if !request.confirm_downtime {
-        return Err(ApiError::invalid("confirm that users may notice: send `confirm_downtime: true`"));
-    }
-    if let Some(version) = &request.target_version {
-        version.parse::<Version>().map_err(|error| ApiError::invalid(format!("target_version: {error}")))?;
-    }
-    if let Some(sha) = &request.target_sha {
-        CommitSha::new(sha.as_str()).map_err(|error| ApiError::invalid(format!("target_sha: {error}")))?;
-    }
-    if request.target_kind == Some(TargetKind::Commit) && request.target_sha.is_none() {
-        return Err(ApiError::invalid("a commit target needs `target_sha`"));
-    }
-    if let Some(key) = &request.idempotency_key {
-        IdempotencyKey::new(key.as_str()).map_err(|error| ApiError::invalid(format!("idempotency_key: {error}")))?;
-    }
-    check_reason(request.reason.as_deref().unwrap_or_default())
 }
 
 /// Go back to what ran before; needs neither git nor a build.
@@ -260,8 +181,8 @@ fn check_start(request: &StartRequest) -> Result<(), ApiError> {
 async fn rollback(State(app): State<App>, Admin(caller): Admin, body: Body) -> Accepted {
     let tried = async {
         let asked = body.optional::<Rollback>()?;
-        let reason = Reason { reason: asked.reason }.text()?;
-        Ok(app.engine.rollback(&caller.actor, &reason, asked.data_restored).await?)
+        let data_restored = asked.data_restored;
+        Ok(app.engine.rollback(&caller.actor, &asked.text()?, data_restored).await?)
     };
     command(&app, &caller, "rollback", tried).await
 }
@@ -299,8 +220,7 @@ async fn confirm(State(app): State<App>, Admin(caller): Admin, body: Body) -> Ac
 ))]
 async fn reset(State(app): State<App>, Admin(caller): Admin, body: Body) -> Accepted {
     let tried = async {
-        let ResetReason { reason } = body.required()?;
-        check_reason(&reason)?;
+        let reason = body.required::<ResetReason>()?.text()?;
         if reason.trim().is_empty() {
             return Err(ApiError::invalid("say why: a reset needs a `reason`"));
         }

@@ -6,3 +6,4 @@ mod failures;
 mod lost;
 mod reference;
 mod rig;
+mod signed;

@@ -44,7 +44,7 @@ async fn pushed(app: &App, registries: &OciConfig, host: &str) -> Deployment {
             repository: format!("{host}/{}/web", app.config.application),
             unlabelled: false,
         },
-        tree: Tree { path: PathBuf::from(context.path()), commit: deployment.commit.clone() },
+        tree: Tree { path: PathBuf::from(context.path()), commit: deployment.commit.clone(), signed_by: None },
         version: deployment.version.clone(),
         remote: "https://git.example.org/app.git".to_owned(),
     };

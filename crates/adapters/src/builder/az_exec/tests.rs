@@ -32,7 +32,11 @@ fn spec(repository: &str) -> BuildSpec {
             repository: repository.to_owned(),
             unlabelled: true,
         },
-        tree: Tree { path: PathBuf::from("/clones/job-1"), commit: CommitSha::new("c".repeat(40)).expect("commit") },
+        tree: Tree {
+            path: PathBuf::from("/clones/job-1"),
+            commit: CommitSha::new("c".repeat(40)).expect("commit"),
+            signed_by: None,
+        },
         version: Version::release(1, 0, 0),
         remote: "https://git.example/shop.git".to_owned(),
     }

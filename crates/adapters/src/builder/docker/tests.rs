@@ -87,7 +87,11 @@ impl Case {
             resumed: false,
             component: ComponentName::new("api").expect("name"),
             recipe,
-            tree: Tree { path: dir.path().to_owned(), commit: CommitSha::new("a".repeat(40)).expect("commit") },
+            tree: Tree {
+                path: dir.path().to_owned(),
+                commit: CommitSha::new("a".repeat(40)).expect("commit"),
+                signed_by: None,
+            },
             version: Version::release(1, 2, 3),
             remote: "https://git.example/shop.git".to_owned(),
         };

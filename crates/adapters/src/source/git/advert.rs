@@ -14,10 +14,11 @@ use replank_core::words::Millis;
 use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderValue, LOCATION};
 use reqwest::{Certificate, Client, RequestBuilder, Response, StatusCode, redirect};
 
-use super::pkt::{self, Pkt};
+use super::Limits;
+use super::capabilities::{self, Unfit};
+use super::pkt;
 use super::refs::{BadRefs, RefLine, parse, tame};
 use super::remote::{Host, Remote};
-use super::{Limits, refs};
 
 /// A server that does not answer a connection attempt by then is down.
 const CONNECT_TIME: Duration = Duration::from_secs(10);
@@ -83,7 +84,7 @@ impl<'a> Asker<'a> {
     async fn converse(&self, prefixes: &[String]) -> Result<Vec<RefLine>, Fault> {
         let url = format!("{}/info/refs?service=git-upload-pack", self.remote.shown());
         let body = self.send(self.client.get(url), "application/x-git-upload-pack-advertisement").await?;
-        capabilities(&body)?;
+        capabilities::check(&body).map_err(unfit)?;
         let mut ask = Vec::new();
         pkt::write(&mut ask, "command=ls-refs\n");
         pkt::write(&mut ask, &format!("agent={AGENT}\n"));
@@ -166,6 +167,19 @@ fn not_git(why: String) -> Fault {
         .because(why)
 }
 
+fn unfit(why: Unfit) -> Fault {
+    match why {
+        Unfit::Pkt(_) | Unfit::NoList => not_git(why.to_string()),
+        Unfit::Said(said) => {
+            Fault::permanent("the git remote refuses to list its refs").advice(CHECK).because(BadRefs::Said(said))
+        }
+        Unfit::Old => Fault::permanent("the git remote speaks only an old version of git's protocol")
+            .advice("let the git server speak protocol version 2 (git 2.18 or later; pass on the Git-Protocol header)"),
+        Unfit::Format => Fault::permanent("the git remote's repository is not a SHA-1 one")
+            .advice("use a repository with the object format sha1"),
+    }
+}
+
 /// Sorts a failed exchange by its type: a certificate does not get better by waiting, the rest may.
 fn sort(error: reqwest::Error) -> Fault {
     if error.is_timeout() {
@@ -229,40 +243,4 @@ fn shown_target(location: &[u8]) -> String {
     let url = std::str::from_utf8(location).ok().and_then(|text| reqwest::Url::parse(text).ok());
     url.and_then(|url| Some(format!(" ({}://{}{})", url.scheme(), url.host_str()?, tame(url.path().as_bytes()))))
         .unwrap_or_default()
-}
-
-/// Checks that a server speaks version 2 and SHA-1, and can list refs.
-fn capabilities(body: &[u8]) -> Result<(), Fault> {
-    let mut version = false;
-    let mut can_list = false;
-    for (at, packet) in pkt::read(body).enumerate() {
-        let line = match packet.map_err(|e| not_git(e.to_string()))? {
-            Pkt::Data(line) => line.strip_suffix(b"\n").unwrap_or(line),
-            // The flush after the service line, which some servers leave out, and the one at the end.
-            Pkt::Flush | Pkt::Delim | Pkt::ResponseEnd => continue,
-        };
-        if at == 0 && line.starts_with(b"# service=") {
-            continue;
-        }
-        if let Some(said) = line.strip_prefix(b"ERR ") {
-            let why = BadRefs::Said(refs::tame(said));
-            return Err(Fault::permanent("the git remote refuses to list its refs").advice(CHECK).because(why));
-        }
-        if !version {
-            if line != b"version 2" {
-                return Err(Fault::permanent("the git remote speaks only an old version of git's protocol").advice(
-                    "let the git server speak protocol version 2 (git 2.18 or later; pass on the Git-Protocol header)",
-                ));
-            }
-            version = true;
-        } else if let Some(format) = line.strip_prefix(b"object-format=") {
-            if format != b"sha1" {
-                return Err(Fault::permanent("the git remote's repository is not a SHA-1 one")
-                    .advice("use a repository with the object format sha1"));
-            }
-        } else if line == b"ls-refs" || line.starts_with(b"ls-refs=") {
-            can_list = true;
-        }
-    }
-    if version && can_list { Ok(()) } else { Err(not_git("it does not offer ls-refs".to_owned())) }
 }

@@ -16,7 +16,7 @@ use tokio::process::{Child, Command};
 use super::refs::tame;
 
 /// Where git and the shell-less helpers that it starts are looked for.
-const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+pub(super) const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const READ_BUFFER: usize = 16 * 1024;
 /// What is kept of a failed child's last words.
 const TAIL: usize = 1_000;

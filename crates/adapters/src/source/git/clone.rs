@@ -15,6 +15,7 @@ use super::advert::authorization;
 use super::child::{self, Ended, Run};
 use super::remote::Host;
 use super::{GitSource, outbound, tree};
+use crate::source::signed::NO_COMMITS;
 
 /// Output of git's plumbing that is kept: paths of about half a million files.
 const CAPTURE: usize = 64 * 1024 * 1024;
@@ -95,8 +96,8 @@ impl Fetch<'_> {
         self.source.work_dir.join(self.job.as_str())
     }
 
-    fn tree(&self) -> Tree {
-        Tree { path: self.job_dir().join(SRC), commit: self.target.commit.clone() }
+    fn tree(&self, signed_by: Option<String>) -> Tree {
+        Tree { path: self.job_dir().join(SRC), commit: self.target.commit.clone(), signed_by }
     }
 
     pub(super) async fn go(&self) -> Result<Tree, Fault> {
@@ -108,30 +109,32 @@ impl Fetch<'_> {
         let home = scratch.0.join("home");
         make(&home)?;
         self.source.check_git(&home).await?;
-        let done = self.tree();
-        if done.path.symlink_metadata().is_ok() {
-            if self.is_whole(&done.path, &home).await? {
+        let path = job_dir.join(SRC);
+        if path.symlink_metadata().is_ok() {
+            if self.is_whole(&path, &home).await? {
+                let signed_by = self.signer(&path, &home).await?;
                 self.say(&format!("found the tree of {} that was fetched before\n", self.target.commit));
-                return Ok(done);
+                return Ok(self.tree(signed_by));
             }
             self.say("the tree that was fetched before is not what was pinned, or was changed; fetching again\n");
-            remove(&done.path)?;
+            remove(&path)?;
         }
         let addresses = self.source.addresses().await?;
         self.precheck(&addresses).await?;
         let src = scratch.0.join(SRC);
         self.clone(&src, &home, &addresses).await?;
         self.verify(&src, &home).await?;
-        match fs::rename(&src, &done.path) {
-            Ok(()) => Ok(done),
+        let signed_by = self.signer(&src, &home).await?;
+        match fs::rename(&src, &path) {
+            Ok(()) => Ok(self.tree(signed_by)),
             Err(e) if matches!(e.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::AlreadyExists) => {
                 Err(Fault::conflict("another fetch of the same job was faster").because(e))
             }
-            Err(e) => Err(disk("the fetched tree cannot be moved into place", &done.path, e)),
+            Err(e) => Err(disk("the fetched tree cannot be moved into place", &path, e)),
         }
     }
 
-    fn say(&self, line: &str) {
+    pub(super) fn say(&self, line: &str) {
         self.log.write(Stream::Stdout, line.as_bytes());
     }
 
@@ -141,6 +144,10 @@ impl Fetch<'_> {
             TargetKind::Release => format!("refs/tags/{}", target.version.tag()),
             TargetKind::Commit => format!("refs/heads/{}", self.source.tracking),
         };
+        if target.kind == TargetKind::Commit && self.source.wants_signatures() {
+            return Err(Fault::permanent(format!("commit {} is refused: {NO_COMMITS}", target.commit))
+                .advice("choose a release from the list of candidates"));
+        }
         if target.raw_ref == expect {
             return Ok(());
         }
@@ -197,7 +204,7 @@ impl Fetch<'_> {
     }
 
     /// What every child is told, whatever the repository says.
-    fn local_config(&self, src: &Path) -> Vec<(String, String)> {
+    pub(super) fn local_config(&self, src: &Path) -> Vec<(String, String)> {
         [
             ("protocol.allow", "never"),
             ("core.hooksPath", "/dev/null"),
@@ -313,7 +320,13 @@ impl Fetch<'_> {
         fault.advice("look at the lines of the fetch in the controller's log (level info); Replank tries again")
     }
 
-    async fn ask_git(&self, args: &[&str], src: &Path, home: &Path, capture: usize) -> Result<Vec<u8>, Fault> {
+    pub(super) async fn ask_git(
+        &self,
+        args: &[&str],
+        src: &Path,
+        home: &Path,
+        capture: usize,
+    ) -> Result<Vec<u8>, Fault> {
         self.source.plumb(args, src, home, &self.local_config(src), capture).await
     }
 

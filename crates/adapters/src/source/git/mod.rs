@@ -4,12 +4,15 @@
 //! pinned for everything that the call connects to.
 
 mod advert;
+mod capabilities;
 mod child;
 mod clone;
 mod pkt;
 mod refs;
 mod remote;
+mod signed;
 pub mod tree;
+mod verify;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -22,12 +25,16 @@ use replank_core::ports::{Log, NoLog, Refs, Source, Tree};
 use replank_core::record::Target;
 use replank_core::words::{JobId, Millis};
 
+use super::signed::NO_COMMITS;
 pub(super) use clone::same;
 use outbound::{RESOLVE_TIME, Reach, Resolver, SystemResolver};
+pub(super) use refs::tame;
 use remote::Host;
 pub use remote::{Credential, Remote};
+pub use verify::Verify;
 // The rule is the exec channel's too, which cannot see this crate.
 pub use replank_exec::outbound;
+pub use replank_exec::signers::Signers;
 
 /// Longest branch name that is accepted; git's own limit is a file name's.
 const MAX_BRANCH: usize = 200;
@@ -79,6 +86,8 @@ pub struct GitConfig {
     pub work_dir: PathBuf,
     /// The git binary: a path, or a name that is looked up in the usual directories.
     pub git: PathBuf,
+    /// Whether tags must be signed, and with which keys.
+    pub verify: Verify,
     pub limits: Limits,
 }
 
@@ -93,6 +102,7 @@ impl GitConfig {
             ca_file: None,
             work_dir: work_dir.into(),
             git: "git".into(),
+            verify: Verify::default(),
             limits: Limits::default(),
         }
     }
@@ -107,6 +117,7 @@ pub struct GitSource {
     ca_file: Option<PathBuf>,
     work_dir: PathBuf,
     git: PathBuf,
+    verify: Verify,
     limits: Limits,
     resolver: Arc<dyn Resolver>,
 }
@@ -126,6 +137,7 @@ impl GitSource {
                 "use at most {MAX_BRANCH} of A-Z, a-z, 0-9, '.', '_', '-' and '/', not beginning with '-'"
             )));
         }
+        config.verify.check()?;
         let absolute = |what: &str, path: &PathBuf| {
             std::path::absolute(path).map_err(|e| Fault::permanent(format!("the {what} cannot be found")).because(e))
         };
@@ -137,6 +149,7 @@ impl GitSource {
             ca_file: config.ca_file.map(|path| absolute("CA file", &path)).transpose()?,
             work_dir: absolute("work directory", &config.work_dir)?,
             git: config.git,
+            verify: config.verify,
             limits: config.limits,
             resolver,
         })
@@ -184,9 +197,13 @@ impl GitSource {
         &self.tracking
     }
 
+    pub(in crate::source) fn wants_signatures(&self) -> bool {
+        self.verify.wants_signatures()
+    }
+
     async fn ask(&self, addresses: &[SocketAddr], prefixes: &[String]) -> Result<Refs, Fault> {
         let asker = advert::Asker::new(&self.remote, addresses, self.ca_file.as_deref(), &self.limits)?;
-        Ok(refs::choose(&asker.ls_refs(prefixes).await?, &self.tracking))
+        Ok(refs::choose(&asker.ls_refs(prefixes).await?, &self.tracking, self.verify.wants_signatures()))
     }
 }
 
@@ -204,6 +221,10 @@ fn is_branch(name: &str) -> bool {
 impl Source for GitSource {
     fn remote(&self) -> String {
         self.remote.shown().to_owned()
+    }
+
+    fn refuses_commits(&self) -> Option<String> {
+        self.verify.wants_signatures().then(|| NO_COMMITS.to_owned())
     }
 
     async fn refs(&self) -> Result<Refs, Fault> {

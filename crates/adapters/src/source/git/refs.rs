@@ -6,6 +6,7 @@ use replank_core::ports::{Refs, TagRef};
 use replank_core::words::{CommitSha, Version};
 
 use super::pkt::{self, Pkt, PktError};
+use crate::source::signed::lightweight;
 
 /// Releases that are handed on, newest first; nobody upgrades to the 1,001st.
 pub(super) const MAX_TAGS: usize = 1_000;
@@ -75,7 +76,7 @@ fn sha(hex: &[u8]) -> Option<CommitSha> {
 }
 
 /// A remote's words, fit for a log line: at most 300 characters and no controls.
-pub(super) fn tame(bytes: &[u8]) -> String {
+pub(in crate::source) fn tame(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes)
         .trim()
         .chars()
@@ -90,8 +91,9 @@ fn release(name: &str) -> Option<Version> {
     (version.commit.is_none() && version.tag() == name).then_some(version)
 }
 
-/// Picks release tags and the tracking branch's head.
-pub(super) fn choose(lines: &[RefLine], tracking: &str) -> Refs {
+/// Picks release tags and the tracking branch's head. Where tags must be signed, one without an object of its own is refused,
+/// and the branch, whose commits carry no tag, is left out.
+pub(super) fn choose(lines: &[RefLine], tracking: &str, signed: bool) -> Refs {
     let branches: BTreeSet<&str> = lines.iter().filter_map(|line| line.name.strip_prefix(HEADS)).collect();
     let mut tags: BTreeMap<(u64, u64, u64), TagRef> = BTreeMap::new();
     for line in lines {
@@ -106,6 +108,7 @@ pub(super) fn choose(lines: &[RefLine], tracking: &str) -> Refs {
                 "the remote has a branch named {name} as well, and git prefers the branch; delete or rename the branch"
             )
         });
+        let refused = refused.or_else(|| (signed && line.peeled.is_none()).then(|| lightweight(name)));
         let tag = TagRef {
             raw_ref: line.name.clone(),
             commit: line.peeled.clone().unwrap_or_else(|| line.object.clone()),
@@ -118,7 +121,8 @@ pub(super) fn choose(lines: &[RefLine], tracking: &str) -> Refs {
             .or_insert(tag);
     }
     let wanted = format!("{HEADS}{tracking}");
-    let branch = lines.iter().find(|line| line.name == wanted).map(|line| (line.name.clone(), line.object.clone()));
+    let branch =
+        lines.iter().find(|line| !signed && line.name == wanted).map(|line| (line.name.clone(), line.object.clone()));
     Refs { tags: tags.into_values().rev().take(MAX_TAGS).collect(), branch }
 }
 
@@ -201,7 +205,7 @@ mod tests {
         lines.push(format!("{} refs/tags/v3.0.0\n", hex('1')));
         lines.push(format!("{} refs/tags/v3.0.0\n", hex('2')));
         lines.push(format!("{} refs/tags/{}\n", hex('e'), "v".repeat(4_000)));
-        let refs = choose(&parse(&answer(&lines)).expect("lines"), "main");
+        let refs = choose(&parse(&answer(&lines)).expect("lines"), "main", false);
         let seen: Vec<_> = refs.tags.iter().map(|t| (t.version.to_string(), t.refused.is_some())).collect();
         let expect = [("3.0.0", true), ("2.0.0", false), ("1.10.0", false), ("1.9.0", true), ("1.2.3", false)];
         assert_eq!(seen, expect.map(|(v, r)| (v.to_owned(), r)));
@@ -209,6 +213,11 @@ mod tests {
         assert_eq!(refs.tags[1].tag_object.as_ref().map(CommitSha::as_str), Some(hex('c').as_str()));
         assert_eq!(refs.tags[2].tag_object, None);
         assert_eq!(refs.branch.map(|(name, _)| name).as_deref(), Some("refs/heads/main"));
+        // Where tags must be signed, only the annotated one is left, and no commit of the branch.
+        let refs = choose(&parse(&answer(&lines)).expect("lines"), "main", true);
+        let offered: Vec<_> = refs.tags.iter().filter(|t| t.refused.is_none()).map(|t| t.version.to_string()).collect();
+        assert_eq!((offered, refs.branch), (vec!["2.0.0".to_owned()], None));
+        assert!(refs.tags[2].refused.as_ref().is_some_and(|why| why.contains("v1.10.0 is lightweight")));
     }
 
     proptest! {
@@ -220,7 +229,7 @@ mod tests {
         #[test]
         fn chosen_names_are_always_canonical(names in proptest::collection::vec("(refs/(tags|heads)/)?v?[0-9]{1,3}(\\.[0-9]{1,3}){1,3}(-[a-z.0-9]{1,8})?", 0..60)) {
             let lines: Vec<String> = names.iter().map(|n| format!("{} {n}\n", hex('a'))).collect();
-            let refs = choose(&parse(&answer(&lines)).expect("lines"), "main");
+            let refs = choose(&parse(&answer(&lines)).expect("lines"), "main", false);
             for pair in refs.tags.windows(2) {
                 prop_assert!(pair[0].version.base() > pair[1].version.base());
             }

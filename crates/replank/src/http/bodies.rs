@@ -1,0 +1,148 @@
+//! The bodies that clients send, taken apart: shapes of contract §2, and what of them is wrong before anything is looked up.
+//! Pure: bytes in, a request or a reason out.
+
+use replank_core::record::TargetKind;
+use replank_core::words::{CommitSha, IdempotencyKey, Version};
+use serde::Deserialize;
+use serde::de::{DeserializeOwned, IgnoredAny};
+use utoipa::ToSchema;
+
+use crate::engine::api::StartRequest;
+
+/// Contract §2, in characters.
+pub const REASON_MAX: usize = 280;
+
+/// What is wrong with a body.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BadBody {
+    /// 400.
+    #[error("the body is not JSON")]
+    NotJson,
+    /// 422.
+    #[error("{0}")]
+    Invalid(String),
+}
+
+fn invalid<T>(why: impl Into<String>) -> Result<T, BadBody> {
+    Err(BadBody::Invalid(why.into()))
+}
+
+/// A body that must be there. Fields that are not known are refused by the types themselves.
+pub fn required<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, BadBody> {
+    // The types would take an array for their fields in order, which is nobody's contract.
+    let is_object = bytes.trim_ascii_start().first() == Some(&b'{');
+    let read = if is_object { serde_json::from_slice(bytes).map_err(Some) } else { Err(None) };
+    read.map_err(|error: Option<serde_json::Error>| {
+        // By the bytes and not by the error's kind: what the types do not expect ends some of them as bad syntax.
+        if serde_json::from_slice::<IgnoredAny>(bytes).is_err() {
+            return BadBody::NotJson;
+        }
+        let why = error.map_or_else(|| "it is no object".to_owned(), |error| error.to_string());
+        BadBody::Invalid(format!("the body is not what it should be: {why}"))
+    })
+}
+
+/// A body that may be left out: `null` says as much.
+pub fn optional<T: DeserializeOwned + Default>(bytes: &[u8]) -> Result<T, BadBody> {
+    if bytes.is_empty() || bytes.trim_ascii() == b"null" { Ok(T::default()) } else { required(bytes) }
+}
+
+/// `{}`, for commands that take nothing.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Nothing {}
+
+/// `POST /settings`.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Wanted {
+    /// Whether commits of the tracking branch may be started.
+    pub track_commits: bool,
+}
+
+/// Commands that take nothing but a reason.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Reason {
+    /// For the history.
+    #[schema(max_length = 280)]
+    reason: Option<String>,
+}
+
+impl Reason {
+    pub fn text(self) -> Result<String, BadBody> {
+        let reason = self.reason.unwrap_or_default();
+        check_reason(&reason)?;
+        Ok(reason)
+    }
+}
+
+/// `POST /rollback`.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Rollback {
+    /// For the history.
+    #[schema(max_length = 280)]
+    reason: Option<String>,
+    /// The data are those of the version that is restored, where a data step had closed the way back.
+    #[serde(default)]
+    pub data_restored: bool,
+}
+
+impl Rollback {
+    pub fn text(self) -> Result<String, BadBody> {
+        Reason { reason: self.reason }.text()
+    }
+}
+
+/// Why a job is given up, for the history.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ResetReason {
+    /// Not only blanks.
+    #[schema(min_length = 1, max_length = 280, pattern = r"\S")]
+    reason: String,
+}
+
+impl ResetReason {
+    pub fn text(self) -> Result<String, BadBody> {
+        check_reason(&self.reason)?;
+        Ok(self.reason)
+    }
+}
+
+fn check_reason(reason: &str) -> Result<(), BadBody> {
+    let length = reason.chars().count();
+    if length > REASON_MAX {
+        return invalid(format!("the reason has {length} characters and {REASON_MAX} are the most"));
+    }
+    Ok(())
+}
+
+/// `POST /start`, in the shapes of contract §2; whether the target was offered is the engine's to judge.
+pub fn start(bytes: &[u8]) -> Result<StartRequest, BadBody> {
+    let request: StartRequest = required(bytes)?;
+    if !request.confirm_downtime {
+        return invalid("confirm that users may notice: send `confirm_downtime: true`");
+    }
+    if let Some(version) = &request.target_version
+        && let Err(error) = version.parse::<Version>()
+    {
+        return invalid(format!("target_version: {error}"));
+    }
+    if let Some(sha) = &request.target_sha
+        && let Err(error) = CommitSha::new(sha.as_str())
+    {
+        return invalid(format!("target_sha: {error}"));
+    }
+    if request.target_kind == Some(TargetKind::Commit) && request.target_sha.is_none() {
+        return invalid("a commit target needs `target_sha`");
+    }
+    if let Some(key) = &request.idempotency_key
+        && let Err(error) = IdempotencyKey::new(key.as_str())
+    {
+        return invalid(format!("idempotency_key: {error}"));
+    }
+    check_reason(request.reason.as_deref().unwrap_or_default())?;
+    Ok(request)
+}

@@ -1,0 +1,3 @@
+//! What `replank.toml` says of platforms.
+
+pub mod docker;
