@@ -47,7 +47,7 @@ impl Body {
 
     /// No body at all, or `null`, is the default.
     pub fn optional<T: DeserializeOwned + Default>(&self) -> Result<T, ApiError> {
-        if matches!(self.0.trim_ascii(), b"" | b"null") { Ok(T::default()) } else { self.required() }
+        if self.0.is_empty() || self.0.trim_ascii() == b"null" { Ok(T::default()) } else { self.required() }
     }
 }
 
