@@ -169,6 +169,7 @@ async fn whatever_is_refused_is_refused_as_a_problem() {
         ("get", "/api/upgrade/jobs/%ff%fe%fd%fc/build-log/api", None, 400),
         ("post", "/api/upgrade/rollback", Some(long.as_str()), 413),
         ("post", "/api/upgrade/rollback", Some("null"), 202),
+        ("post", "/api/upgrade/rollback", Some("  "), 400),
         ("post", "/api/upgrade/rollback", Some("[\"why\"]"), 422),
         ("post", "/api/upgrade/rollback", Some("\"why\""), 422),
         ("post", "/api/upgrade/settings", Some("[true]"), 422),

@@ -44,7 +44,7 @@ const OF_CHANGES: &[(&str, &str)] = &[
     title = "Replank",
     description = "The upgrade button for self-hosted container applications. Sign in with `Authorization: Bearer TOKEN`; \
         tokens are made by `replank token create`. Every error is a problem (RFC 9457), also where nothing is served (404) \
-        and where the method is not possible (405).",
+        and where the method is not possible (405); only a head that is too large (431), or none at all, is answered without a body.",
     license(name = "MIT OR Apache-2.0", identifier = "MIT OR Apache-2.0")
 ))]
 struct Api;
