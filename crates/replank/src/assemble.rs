@@ -225,6 +225,7 @@ fn source(settings: &Settings, env: &Environment, secrets: &mut Vec<String>) -> 
     config.allow_private = source.allow_private;
     config.ca_file.clone_from(&source.ca_file);
     config.verify.clone_from(&source.verify);
+    config.clock = Some(Arc::new(SystemClock));
     GitSource::new(config).map(Some)
 }
 
