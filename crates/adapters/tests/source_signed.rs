@@ -6,15 +6,15 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use replank_adapters::exec_channel::Channel;
 use replank_adapters::source::az_exec::AzExecSource;
 use replank_adapters::source::git::{GitConfig, GitSource, Signers, Verify};
 use replank_core::fault::Class;
-use replank_core::ports::{NoLog, Source};
+use replank_core::ports::{Clock, NoLog, Source};
 use replank_core::record::{Target, TargetKind};
-use replank_core::words::{CommitSha, JobId, Version};
+use replank_core::words::{CommitSha, JobId, Millis, Version};
 use replank_exec::server::config::Config;
 use replank_exec::server::http::Server;
 use replank_exec::server::place::{Places, make_private};
@@ -25,6 +25,22 @@ use replank_testbed::{GitServer, GitServerOptions, Repo};
 const TOKEN: &str = "0123456789abcdef";
 const BY_SSH: &str = "alice@example.com (ED25519 key SHA256:";
 const UNKNOWN: &str = "not among the allowed signers now (ED25519 key SHA256:";
+
+/// gpg and ssh-keygen look at the machine's own clock, so this one shows the same.
+#[derive(Debug)]
+struct Watch;
+
+impl Clock for Watch {
+    #[expect(clippy::disallowed_methods, reason = "this is a clock")]
+    fn now(&self) -> Millis {
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("a time after 1970");
+        Millis(i64::try_from(since.as_millis()).expect("milliseconds"))
+    }
+}
+
+fn now() -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_millis(u64::try_from(Watch.now().0).expect("milliseconds"))
+}
 
 struct World {
     dir: tempfile::TempDir,
@@ -73,6 +89,7 @@ impl World {
         let mut config = GitConfig::new(self.server.url("app"), self.file(work));
         config.allow_loopback = true;
         config.verify = verify;
+        config.clock = Some(Arc::new(Watch));
         config
     }
 
@@ -107,11 +124,11 @@ impl World {
             variables.extend(file.map(|file| (name, file.display().to_string())));
         }
         let config = Config::read(|name| variables.get(name).cloned()).expect("config");
-        let places = Places::open(self.file(&format!("requests-{}", self.jobs)), SystemTime::now()).expect("places");
+        let places = Places::open(self.file(&format!("requests-{}", self.jobs)), now()).expect("places");
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("listener");
         let address = listener.local_addr().expect("address").to_string();
         let own = BTreeMap::from([(OsString::from("PATH"), OsString::from("/usr/local/bin:/usr/bin:/bin"))]);
-        let server = Arc::new(Server::new(config, places, own));
+        let server = Arc::new(Server::new(config, places, own).timed(now));
         tokio::spawn(server.serve(listener, std::future::pending()));
         let git = GitSource::new(self.config(Verify::SignedElsewhere, "work-here")).expect("source");
         AzExecSource::new(git, Channel::new(&address, TOKEN).expect("channel"), root, false)
@@ -389,7 +406,7 @@ fn what_is_missing_is_told_before_anything_is_fetched() {
     let told = fault(of(&world.file("allowed")));
     assert!(told.contains("line 1: ") && told.contains("correct the file"), "{told}");
     world.allow(&format!("alice {}\n", world.alice.public));
-    let missing = world.signers().check(OsStr::new("/nonexistent"), SystemTime::now()).expect_err("no program");
+    let missing = world.signers().check(OsStr::new("/nonexistent"), now()).expect_err("no program");
     assert_eq!(missing.to_string(), "ssh-keygen cannot be found, which checks the signatures");
     assert_eq!(missing.advice(), "install openssh-client where git runs (Debian's name)");
 }

@@ -236,6 +236,7 @@ pub(crate) fn source(
     config.allow_private = source.allow_private;
     config.ca_file.clone_from(&source.ca_file);
     config.verify.clone_from(&source.verify);
+    config.clock = Some(Arc::new(SystemClock));
     GitSource::new(config).map(Some)
 }
 

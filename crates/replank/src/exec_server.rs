@@ -101,7 +101,7 @@ fn serve(config: Config, env: &Environment) -> anyhow::Result<ExitCode> {
                 _ = interrupt.recv() => {}
             }
         };
-        let server = Arc::new(Server::new(config, places, own));
+        let server = Arc::new(Server::new(config, places, own).timed(now));
         tokio::select! {
             () = server.serve(listener, stop) => {}
             () = sweep(root) => {}

@@ -150,12 +150,11 @@ impl Ledger for SqliteLedger {
             }
             let version = expected.unwrap_or(0) + 1;
             // Updated in place: a newer controller's columns keep their values.
-            tx.prepare_cached(
-                "INSERT INTO record (app, version, format, min_reader, body) VALUES (?1, ?2, ?3, ?4, ?5)
-                 ON CONFLICT (app) DO UPDATE SET version = excluded.version, format = excluded.format,
-                     min_reader = excluded.min_reader, body = excluded.body",
-            )?
-            .execute(params![app, version, format, own_min_reader, body])?;
+            let put = match expected {
+                Some(_) => "UPDATE record SET version = ?2, format = ?3, min_reader = ?4, body = ?5 WHERE app = ?1",
+                None => "INSERT INTO record (app, version, format, min_reader, body) VALUES (?1, ?2, ?3, ?4, ?5)",
+            };
+            tx.prepare_cached(put)?.execute(params![app, version, format, own_min_reader, body])?;
             Ok(Etag(version.to_string()))
         })
         .await

@@ -46,6 +46,10 @@ pub(super) fn judge(target: &Target, said: &Said<'_>, unfit: &[Unfit]) -> Result
     let refused = |why: String| {
         Fault::permanent(format!("the tag {tag} is refused: {why}")).advice(format!("{PUBLISH}; nothing was built"))
     };
+    if said.object.is_empty() && !said.is_good {
+        // Through the exec channel a git that died while it checked has not shown the object either.
+        return Err(refused(reason(said.words, unfit)).because(format!("git says: {}", tame(said.words.as_bytes()))));
+    }
     let header = Header::read(said.object).ok_or_else(|| refused("its object is not as git writes one".to_owned()))?;
     header.check(&tag, &target.commit).map_err(refused)?;
     let signer = signer(said.words).filter(|_| said.is_good);
@@ -208,6 +212,7 @@ mod tests {
 
     #[test]
     fn a_signer_is_named_or_nobody_signed() {
+        check("", false, "", Err("its signature cannot be verified"));
         let fine = object(COMMIT, "commit", "v1.2.3");
         let gpg = "[GNUPG:] NEWSIG\n[GNUPG:] GOODSIG 1234 Alice <a@b>\n[GNUPG:] VALIDSIG AAAA 2024-01-01 1 0 4 0 22 8 00 BBBB\n";
         check(&fine, true, gpg, Ok("Alice <a@b> (OpenPGP key BBBB)"));

@@ -7,7 +7,7 @@ use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use http::{Method, Response, StatusCode, header};
@@ -65,6 +65,8 @@ pub struct Server {
     slots: Arc<Semaphore>,
     starts: Mutex<BTreeMap<String, VecDeque<Instant>>>,
     number: AtomicU64,
+    /// Wall time, for the ends of keys.
+    clock: Option<fn() -> SystemTime>,
 }
 
 /// A refusal: its status, and what the client is told.
@@ -103,7 +105,17 @@ impl Server {
         resolver: Arc<dyn Resolver>,
     ) -> Self {
         let slots = Arc::new(Semaphore::new(config.max_concurrency));
-        Self { config, places, own, resolver, slots, starts: Mutex::default(), number: AtomicU64::new(1) }
+        Self { config, places, own, resolver, slots, starts: Mutex::default(), number: AtomicU64::new(1), clock: None }
+    }
+
+    /// With the clock that ends of keys are held against. Without one no signature is ever good.
+    #[must_use]
+    pub fn timed(self, clock: fn() -> SystemTime) -> Self {
+        Self { clock: Some(clock), ..self }
+    }
+
+    pub(super) fn clock(&self) -> Option<fn() -> SystemTime> {
+        self.clock
     }
 
     pub(super) fn config(&self) -> &Config {

@@ -5,7 +5,7 @@ use std::fs::{OpenOptions, Permissions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use serde_json::json;
 use tokio::sync::OwnedSemaphorePermit;
@@ -111,7 +111,11 @@ impl Server {
             return None;
         }
         let search = self.own().get(OsStr::new("PATH")).map(OsString::as_os_str).unwrap_or_default();
-        let ready = signers.prepare(&fresh.own, search, SystemTime::now());
+        let Some(clock) = self.clock() else {
+            let why = "the server was given no clock, so nobody can say which keys have ended".to_owned();
+            return Some(Err(NotRun { exit_code: EXIT_NOT_STARTED, why }));
+        };
+        let ready = signers.prepare(&fresh.own, search, clock());
         Some(ready.map_err(|why| {
             let cause = std::error::Error::source(&why).map(|cause| format!(": {cause}")).unwrap_or_default();
             NotRun { exit_code: EXIT_NOT_STARTED, why: format!("{why}{cause}; {}", why.advice()) }

@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use replank_core::fault::Fault;
-use replank_core::ports::{Log, NoLog, Refs, Source, Tree};
+use replank_core::ports::{Clock, Log, NoLog, Refs, Source, Tree};
 use replank_core::record::Target;
 use replank_core::words::{JobId, Millis};
 
@@ -88,6 +88,8 @@ pub struct GitConfig {
     pub git: PathBuf,
     /// Whether tags must be signed, and with which keys.
     pub verify: Verify,
+    /// What the ends of those keys are held against; without one no signature is ever good.
+    pub clock: Option<Arc<dyn Clock>>,
     pub limits: Limits,
 }
 
@@ -103,6 +105,7 @@ impl GitConfig {
             work_dir: work_dir.into(),
             git: "git".into(),
             verify: Verify::default(),
+            clock: None,
             limits: Limits::default(),
         }
     }
@@ -118,6 +121,7 @@ pub struct GitSource {
     work_dir: PathBuf,
     git: PathBuf,
     verify: Verify,
+    clock: Option<Arc<dyn Clock>>,
     limits: Limits,
     resolver: Arc<dyn Resolver>,
 }
@@ -137,7 +141,7 @@ impl GitSource {
                 "use at most {MAX_BRANCH} of A-Z, a-z, 0-9, '.', '_', '-' and '/', not beginning with '-'"
             )));
         }
-        config.verify.check()?;
+        config.verify.check(config.clock.as_deref())?;
         let absolute = |what: &str, path: &PathBuf| {
             std::path::absolute(path).map_err(|e| Fault::permanent(format!("the {what} cannot be found")).because(e))
         };
@@ -150,6 +154,7 @@ impl GitSource {
             work_dir: absolute("work directory", &config.work_dir)?,
             git: config.git,
             verify: config.verify,
+            clock: config.clock,
             limits: config.limits,
             resolver,
         })
