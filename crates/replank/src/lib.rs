@@ -13,7 +13,7 @@ pub mod ledger_file;
 pub mod lock;
 pub mod proxy;
 pub mod system;
-pub mod verify;
 pub mod telemetry;
+pub mod verify;
 pub mod webhooks;
 pub mod wiring;

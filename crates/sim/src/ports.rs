@@ -391,7 +391,7 @@ impl Source for Door {
     async fn fetch(&self, _: &JobId, target: &Target, log: &dyn Log) -> Result<Tree, Fault> {
         let commit = target.commit.clone();
         log.write(Stream::Stdout, b"$ git clone\n");
-        let tree = Tree { path: "/work/tree".into(), commit };
+        let tree = Tree { path: "/work/tree".into(), commit, signed_by: None };
         self.asked("fetch", move |_| Ok(tree)).await
     }
 
@@ -422,7 +422,7 @@ impl Recipes for Door {
             unlabelled: false,
         };
         let recipes = ["app", "web"].map(|name| (component(name), recipe(name)));
-        Ok(Fetched { recipes: recipes.into(), manifest: serde_json::Value::Null })
+        Ok(Fetched { recipes: recipes.into(), ..Fetched::default() })
     }
 }
 
