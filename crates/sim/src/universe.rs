@@ -143,9 +143,7 @@ async fn job(world: &Arc<World>) -> Option<&'static str> {
     }
     let stuck_at = world.now().plus(STUCK);
     loop {
-        let state = world.state();
-        let record = state.ledger.record.clone();
-        drop(state);
+        let record = world.state().ledger.record.clone();
         if record.is_none_or(|record| !record.phase.state().in_flight()) {
             break;
         }
