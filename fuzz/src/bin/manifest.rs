@@ -31,7 +31,7 @@ fn only_known_keys(table: &toml::Table) {
             assert!(known.contains(&key.as_str()), "{key:?} got through");
         }
     };
-    inside(table, &["components", "probes", "migrate", "schema", "notes", "upgrade_from", "requires"]);
+    inside(table, &["components", "probes", "migrate", "schema", "back_to", "notes", "upgrade_from", "requires"]);
     let tables = |name: &str| table.get(name).and_then(toml::Value::as_table).into_iter().flat_map(toml::Table::values);
     for component in tables("components") {
         inside(component.as_table().expect("a table"), &["dockerfile", "context", "target", "args"]);
@@ -62,6 +62,10 @@ fn check(manifest: &Manifest) {
             assert!(name != "APP_VERSION" && !name.starts_with("BUILDKIT_") && !upper.ends_with("_PROXY"), "{name}");
         }
     }
-    assert!(manifest.migrate.is_empty() && manifest.notes.len() <= 16_384);
+    for command in manifest.migrate.values() {
+        let bytes: usize = command.iter().map(String::len).sum();
+        assert!((1..=64).contains(&command.len()) && bytes <= 4_096 && command.iter().all(|word| !word.contains('\0')));
+    }
+    assert!(manifest.migrate.len() <= 64 && manifest.notes.len() <= 16_384);
     assert!(manifest.requires.environment.iter().all(|name| is_name(name)));
 }
