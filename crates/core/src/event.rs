@@ -129,6 +129,11 @@ pub enum Event {
     ProvedServes {
         why: String,
     },
+    /// At rest: the images of the way back were looked for, daily.
+    WayBackProved {
+        /// Which of them are gone; empty where all are there and protected.
+        lost: String,
+    },
     /// At rest: the snapshot's time is over, or it can no longer be restored.
     SnapshotDropped {
         why: String,
@@ -175,6 +180,8 @@ impl Event {
             Self::RolledBack => "rollback_done",
             Self::RepairIntended { .. } => "repair_intended",
             Self::ProvedServes { .. } => "proved_serves",
+            Self::WayBackProved { lost } if lost.is_empty() => "way_back_proved",
+            Self::WayBackProved { .. } => "way_back_lost",
             Self::SnapshotDropped { .. } => "snapshot_dropped",
             Self::PurgeTried { .. } => "orphan_purge_attempt",
         }

@@ -297,6 +297,7 @@ pub fn next(record: &Record, event: &Event, now: Millis) -> Result<Phase, Refuse
         },
         Event::RepairIntended { .. }
         | Event::ProvedServes { .. }
+        | Event::WayBackProved { .. }
         | Event::SnapshotDropped { .. }
         | Event::PurgeTried { .. } => {
             if from.in_flight() {
@@ -530,6 +531,16 @@ pub fn apply_as(record: &Record, event: &Event, now: Millis, reads: u32) -> Resu
             audit = audit.with("why", why.clone());
             if let Some(running) = &record.running {
                 audit = audit.with("revision", running.revision.as_str());
+            }
+        }
+        Event::WayBackProved { lost } => {
+            if let Some(snapshot) = &mut new.snapshot {
+                snapshot.proved_at = now;
+                snapshot.lost = (!lost.is_empty()).then(|| lost.clone());
+                audit = audit.with("version", snapshot.deployment.version.to_string());
+            }
+            if !lost.is_empty() {
+                audit = audit.with("why", lost.clone());
             }
         }
         Event::SnapshotDropped { why } => {

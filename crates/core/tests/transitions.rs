@@ -108,6 +108,7 @@ fn events(record: &Record) -> Vec<Event> {
         Event::RolledBack,
         Event::RepairIntended { why: String::new() },
         Event::ProvedServes { why: String::new() },
+        Event::WayBackProved { lost: String::new() },
         Event::SnapshotDropped { why: String::new() },
         Event::PurgeTried { removed: vec![], why: String::new() },
     ];
@@ -145,6 +146,7 @@ fn events(record: &Record) -> Vec<Event> {
             | Event::RolledBack
             | Event::RepairIntended { .. }
             | Event::ProvedServes { .. }
+            | Event::WayBackProved { .. }
             | Event::SnapshotDropped { .. }
             | Event::PurgeTried { .. } => {}
         }

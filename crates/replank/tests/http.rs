@@ -395,6 +395,7 @@ async fn the_row_is_the_contract_s() {
         taken_at: Millis(0),
         keep_until: Millis(1_700_000_200_000),
         proved_at: Millis(0),
+        lost: None,
         closed: None,
         extra: Default::default(),
     };
