@@ -44,7 +44,9 @@ pub fn required<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, BadBody> {
 
 /// A body that may be left out: `null` says as much.
 pub fn optional<T: DeserializeOwned + Default>(bytes: &[u8]) -> Result<T, BadBody> {
-    if bytes.is_empty() || bytes.trim_ascii() == b"null" { Ok(T::default()) } else { required(bytes) }
+    // Read and not compared: what is blank to us need not be to JSON, such as a form feed.
+    let is_null = || serde_json::from_slice::<()>(bytes).is_ok();
+    if bytes.is_empty() || is_null() { Ok(T::default()) } else { required(bytes) }
 }
 
 /// `{}`, for commands that take nothing.
@@ -145,4 +147,22 @@ pub fn start(bytes: &[u8]) -> Result<StartRequest, BadBody> {
     }
     check_reason(request.reason.as_deref().unwrap_or_default())?;
     Ok(request)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn null_and_nothing_are_left_out_and_a_form_feed_is_no_blank() {
+        let check = |body: &[u8], expect: Result<(), BadBody>| {
+            assert_eq!(optional::<Nothing>(body).map(|Nothing {}| ()), expect, "{:?}", String::from_utf8_lossy(body));
+        };
+        for body in [&b""[..], b"null", b" null\r\n\t", b"{}", b" {} "] {
+            check(body, Ok(()));
+        }
+        for body in [&b" "[..], b"null \x0c", b"\x0c{}", b"nul"] {
+            check(body, Err(BadBody::NotJson));
+        }
+    }
 }
