@@ -6,7 +6,7 @@ use crate::fault::Told;
 use crate::phase::{Built, Fetched, Op, WayBack};
 use crate::ports::Role;
 use crate::record::{Actor, ControllerId, Deployment, Head, Job, Latest};
-use crate::words::{ComponentName, ContainerName, Millis, OpKey};
+use crate::words::{CommitSha, ComponentName, ContainerName, Millis, OpKey};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -37,6 +37,12 @@ pub enum Event {
     },
     Reset {
         actor: Actor,
+        reason: String,
+    },
+    /// A commit may be started again without an override.
+    QuarantineLifted {
+        actor: Actor,
+        commit: CommitSha,
         reason: String,
     },
     Kept {
@@ -153,6 +159,7 @@ impl Event {
             Self::RollbackStarted { .. } => "rollback_start",
             Self::Cancelled { .. } => "cancelled",
             Self::Reset { .. } => "reset",
+            Self::QuarantineLifted { .. } => "quarantine_lifted",
             Self::Kept { .. } => "kept",
             Self::TrackCommits { .. } => "track_commits",
             Self::TokenChanged { .. } => "token_changed",

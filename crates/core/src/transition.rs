@@ -108,6 +108,8 @@ pub fn next(record: &Record, event: &Event, now: Millis) -> Result<Phase, Refuse
                 | Phase::RollbackFailed { .. } => Err(wrong()),
             }
         }
+        Event::QuarantineLifted { commit, .. } if record.quarantine.contains_key(commit) => Ok(phase),
+        Event::QuarantineLifted { .. } => Err(odd("that commit is not quarantined")),
         Event::Kept { .. } => match phase {
             Phase::Confirming(Confirming { swap, deadline: Some(_), flip: None }) => {
                 Ok(Phase::Confirming(Confirming { swap, deadline: Some(now), flip: None }))
@@ -431,6 +433,16 @@ pub fn apply_as(record: &Record, event: &Event, now: Millis, reads: u32) -> Resu
         }
         Event::Cancelled { actor, reason } | Event::Reset { actor, reason } | Event::Kept { actor, reason } => {
             audit = audit.with("actor", json!(actor)).with("reason", reason.clone());
+        }
+        Event::QuarantineLifted { actor, commit, reason } => {
+            let lifted = new.quarantine.remove(commit);
+            let version = lifted.map(|q| q.version.to_string()).unwrap_or_default();
+            // No job's doing, whichever one happens to be there.
+            audit = Audit::new(now, None, event.name())
+                .with("actor", json!(actor))
+                .with("reason", reason.clone())
+                .with("version", version)
+                .with("sha", commit.as_str());
         }
         Event::TrackCommits { actor, on } => {
             new.track_commits = *on;
