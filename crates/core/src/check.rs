@@ -370,7 +370,13 @@ impl Story {
                     At::Idle | At::Ended(_) => return wrong(),
                 };
             }
-            "repair_intended" | "proved_serves" | "snapshot_dropped" | "orphan_purge_attempt" | "orphan_acr_tags"
+            "repair_intended"
+            | "proved_serves"
+            | "way_back_proved"
+            | "way_back_lost"
+            | "snapshot_dropped"
+            | "orphan_purge_attempt"
+            | "orphan_acr_tags"
                 if self.is_in_flight() =>
             {
                 return wrong();

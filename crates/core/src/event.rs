@@ -6,7 +6,7 @@ use crate::fault::Told;
 use crate::phase::{Built, Fetched, Op, WayBack};
 use crate::ports::Role;
 use crate::record::{Actor, ControllerId, Deployment, Head, Job, Latest};
-use crate::words::{ComponentName, ContainerName, Millis, OpKey};
+use crate::words::{CommitSha, ComponentName, ContainerName, Millis, OpKey};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -37,6 +37,12 @@ pub enum Event {
     },
     Reset {
         actor: Actor,
+        reason: String,
+    },
+    /// A commit may be started again without an override.
+    QuarantineLifted {
+        actor: Actor,
+        commit: CommitSha,
         reason: String,
     },
     Kept {
@@ -129,6 +135,11 @@ pub enum Event {
     ProvedServes {
         why: String,
     },
+    /// At rest: the images of the way back were looked for, daily.
+    WayBackProved {
+        /// Which of them are gone; empty where all are there and protected.
+        lost: String,
+    },
     /// At rest: the snapshot's time is over, or it can no longer be restored.
     SnapshotDropped {
         why: String,
@@ -148,6 +159,7 @@ impl Event {
             Self::RollbackStarted { .. } => "rollback_start",
             Self::Cancelled { .. } => "cancelled",
             Self::Reset { .. } => "reset",
+            Self::QuarantineLifted { .. } => "quarantine_lifted",
             Self::Kept { .. } => "kept",
             Self::TrackCommits { .. } => "track_commits",
             Self::TokenChanged { .. } => "token_changed",
@@ -175,6 +187,8 @@ impl Event {
             Self::RolledBack => "rollback_done",
             Self::RepairIntended { .. } => "repair_intended",
             Self::ProvedServes { .. } => "proved_serves",
+            Self::WayBackProved { lost } if lost.is_empty() => "way_back_proved",
+            Self::WayBackProved { .. } => "way_back_lost",
             Self::SnapshotDropped { .. } => "snapshot_dropped",
             Self::PurgeTried { .. } => "orphan_purge_attempt",
         }

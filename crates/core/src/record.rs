@@ -119,6 +119,9 @@ pub struct Snapshot {
     pub keep_until: Millis,
     /// When the images were last seen present.
     pub proved_at: Millis,
+    /// Which images were gone when they were last looked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lost: Option<String>,
     /// Why the data keep it from being restored by anybody but a person who has restored them first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub closed: Option<String>,

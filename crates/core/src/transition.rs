@@ -108,6 +108,8 @@ pub fn next(record: &Record, event: &Event, now: Millis) -> Result<Phase, Refuse
                 | Phase::RollbackFailed { .. } => Err(wrong()),
             }
         }
+        Event::QuarantineLifted { commit, .. } if record.quarantine.contains_key(commit) => Ok(phase),
+        Event::QuarantineLifted { .. } => Err(odd("that commit is not quarantined")),
         Event::Kept { .. } => match phase {
             Phase::Confirming(Confirming { swap, deadline: Some(_), flip: None }) => {
                 Ok(Phase::Confirming(Confirming { swap, deadline: Some(now), flip: None }))
@@ -297,6 +299,7 @@ pub fn next(record: &Record, event: &Event, now: Millis) -> Result<Phase, Refuse
         },
         Event::RepairIntended { .. }
         | Event::ProvedServes { .. }
+        | Event::WayBackProved { .. }
         | Event::SnapshotDropped { .. }
         | Event::PurgeTried { .. } => {
             if from.in_flight() {
@@ -431,6 +434,16 @@ pub fn apply_as(record: &Record, event: &Event, now: Millis, reads: u32) -> Resu
         Event::Cancelled { actor, reason } | Event::Reset { actor, reason } | Event::Kept { actor, reason } => {
             audit = audit.with("actor", json!(actor)).with("reason", reason.clone());
         }
+        Event::QuarantineLifted { actor, commit, reason } => {
+            let lifted = new.quarantine.remove(commit);
+            let version = lifted.map(|q| q.version.to_string()).unwrap_or_default();
+            // No job's doing, whichever one happens to be there.
+            audit = Audit::new(now, None, event.name())
+                .with("actor", json!(actor))
+                .with("reason", reason.clone())
+                .with("version", version)
+                .with("sha", commit.as_str());
+        }
         Event::TrackCommits { actor, on } => {
             new.track_commits = *on;
             audit = audit.with("actor", json!(actor)).with("on", *on);
@@ -530,6 +543,16 @@ pub fn apply_as(record: &Record, event: &Event, now: Millis, reads: u32) -> Resu
             audit = audit.with("why", why.clone());
             if let Some(running) = &record.running {
                 audit = audit.with("revision", running.revision.as_str());
+            }
+        }
+        Event::WayBackProved { lost } => {
+            if let Some(snapshot) = &mut new.snapshot {
+                snapshot.proved_at = now;
+                snapshot.lost = (!lost.is_empty()).then(|| lost.clone());
+                audit = audit.with("version", snapshot.deployment.version.to_string());
+            }
+            if !lost.is_empty() {
+                audit = audit.with("why", lost.clone());
             }
         }
         Event::SnapshotDropped { why } => {

@@ -75,6 +75,7 @@ fn events(record: &Record) -> Vec<Event> {
         Event::Cancelled { actor: actor(), reason: String::new() },
         Event::Reset { actor: actor(), reason: String::new() },
         Event::Kept { actor: actor(), reason: String::new() },
+        Event::QuarantineLifted { actor: actor(), commit: sha('2'), reason: String::new() },
         Event::TrackCommits { actor: actor(), on: false },
         Event::TokenChanged {
             actor: actor(),
@@ -108,6 +109,7 @@ fn events(record: &Record) -> Vec<Event> {
         Event::RolledBack,
         Event::RepairIntended { why: String::new() },
         Event::ProvedServes { why: String::new() },
+        Event::WayBackProved { lost: String::new() },
         Event::SnapshotDropped { why: String::new() },
         Event::PurgeTried { removed: vec![], why: String::new() },
     ];
@@ -119,6 +121,7 @@ fn events(record: &Record) -> Vec<Event> {
             | Event::Cancelled { .. }
             | Event::Reset { .. }
             | Event::Kept { .. }
+            | Event::QuarantineLifted { .. }
             | Event::TrackCommits { .. }
             | Event::TokenChanged { .. }
             | Event::LedgerRestored { .. }
@@ -145,6 +148,7 @@ fn events(record: &Record) -> Vec<Event> {
             | Event::RolledBack
             | Event::RepairIntended { .. }
             | Event::ProvedServes { .. }
+            | Event::WayBackProved { .. }
             | Event::SnapshotDropped { .. }
             | Event::PurgeTried { .. } => {}
         }
@@ -255,6 +259,16 @@ fn a_quarantined_commit_needs_the_override() {
     let started = apply(&failed, &again(true), Millis(4)).unwrap().record;
     assert_eq!(started.phase.state(), Queued);
     assert!(started.quarantine.is_empty());
+    // Or it is lifted, with a reason that stays in the history.
+    let lift = Event::QuarantineLifted { actor: actor(), commit: sha('2'), reason: "it was the disk".to_owned() };
+    let lifted = apply(&failed, &lift, Millis(5)).unwrap();
+    assert!(next(&lifted.record, &again(false), Millis(6)).is_ok());
+    let line = String::from_utf8(lifted.lines[0].bytes.clone()).unwrap();
+    assert!(
+        line.contains("it was the disk") && line.contains("\"oid\":\"op\"") && line.contains(sha('2').as_str()),
+        "{line}"
+    );
+    assert!(matches!(apply(&lifted.record, &lift, Millis(7)), Err(Refused::Inconsistent { .. })), "once");
 }
 
 #[test]

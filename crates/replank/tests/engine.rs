@@ -243,6 +243,7 @@ fn confirming() -> Record {
         taken_at: Millis(0),
         keep_until: Millis(i64::MAX),
         proved_at: Millis(0),
+        lost: None,
         closed: None,
         extra: BTreeMap::new(),
     };

@@ -107,6 +107,8 @@ async fn every_route_knows_who_may() {
         ("POST", "/api/upgrade/cancel", "", 401, 403, 202),
         ("POST", "/api/upgrade/confirm", "", 401, 403, 202),
         ("POST", "/api/upgrade/reset", r#"{"reason":"stuck"}"#, 401, 403, 202),
+        ("GET", "/api/upgrade/quarantine", "", 401, 200, 200),
+        ("POST", "/api/upgrade/quarantine", r#"{"lift":"0.3.0","reason":"the disk was full"}"#, 401, 403, 202),
         ("GET", "/api/upgrade/rollback-preflight", "", 401, 403, 200),
         ("GET", "/api/upgrade/escape-hatch", "", 401, 403, 200),
         ("GET", "/api/upgrade/jobs/job-1/build-log/api", "", 401, 403, 200),
@@ -156,6 +158,9 @@ async fn bad_requests_have_the_contract_s_codes() {
         ("rollback", r#"{"reason":"ä"}"#.to_owned(), 202),
         ("reset", "{}".to_owned(), 422),
         ("settings", "{}".to_owned(), 422),
+        ("quarantine", r#"{"lift":"0.3.0"}"#.to_owned(), 422),
+        ("quarantine", r#"{"lift":"0.3.0","reason":" "}"#.to_owned(), 422),
+        ("quarantine", r#"{"lift":"all","reason":"why not"}"#.to_owned(), 422),
         ("nothing", "{}".to_owned(), 404),
         ("status", "{}".to_owned(), 405),
     ] {
@@ -242,6 +247,7 @@ async fn what_administrators_were_refused_is_written_down() {
         ("confirm", "{}", Some(Refusal::Conflict("wrong state".into())), 409),
         ("reset", r#"{"reason":"stuck"}"#, Some(Refusal::Conflict("wrong state".into())), 409),
         ("reset", r#"{"reason":" "}"#, None, 422),
+        ("quarantine", r#"{"lift":"0.3.0","reason":"x"}"#, Some(Refusal::Conflict("not quarantined".into())), 409),
     ] {
         *server.engine.refuse.lock().unwrap() = refusal;
         let answer = post(&server, ADMIN, &format!("/api/upgrade/{path}"), body).await;
@@ -395,6 +401,7 @@ async fn the_row_is_the_contract_s() {
         taken_at: Millis(0),
         keep_until: Millis(1_700_000_200_000),
         proved_at: Millis(0),
+        lost: None,
         closed: None,
         extra: Default::default(),
     };

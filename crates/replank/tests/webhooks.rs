@@ -289,6 +289,7 @@ async fn a_confirm_window_s_end_is_told_once_before_it() {
         taken_at: Millis(0),
         keep_until: Millis(T + 1_000_000),
         proved_at: Millis(0),
+        lost: None,
         closed: None,
         extra: BTreeMap::new(),
     };

@@ -191,6 +191,7 @@ pub fn decide(view: &View<'_>) -> Decision {
                 | Outcome::Stepped { .. }
                 | Outcome::Changed
                 | Outcome::CleanedUp
+                | Outcome::Proved { .. }
                 | Outcome::Purged(_) => None,
             };
             run(view, FETCH, Action::Fetch, view.policy.budgets.fetching, view.record.entered_at, done)
@@ -204,6 +205,7 @@ pub fn decide(view: &View<'_>) -> Decision {
                 | Outcome::Stepped { .. }
                 | Outcome::Changed
                 | Outcome::CleanedUp
+                | Outcome::Proved { .. }
                 | Outcome::Purged(_) => None,
             };
             run(view, PREPARE, Action::Prepare, view.policy.budgets.patching, view.record.entered_at, done)
@@ -420,6 +422,7 @@ fn prepared_event(view: &View<'_>, job: &Job, images: &crate::image::Images, pre
             taken_at: view.now,
             keep_until: view.now.plus(view.policy.keep_images),
             proved_at: view.now,
+            lost: None,
             closed: crate::data::still_closed(record.snapshot.as_ref(), &running.revision),
             extra: BTreeMap::new(),
         })),

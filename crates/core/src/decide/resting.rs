@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::task::{CLEAN_UP, PURGE};
+use super::task::{CLEAN_UP, PROVE, PURGE};
 use super::{Action, Decision, Ended, Outcome, View, look_again};
 use crate::event::Event;
 use crate::phase::Phase;
@@ -52,7 +52,7 @@ pub(super) fn decide(view: &View<'_>) -> Decision {
         if let Some(step) = one_of_each(view, serving, seen).or_else(|| halt_doubles(view, serving, seen)) {
             return as_decision(step);
         }
-        return rest("held as it stands until an operator decides");
+        return prove(view).unwrap_or_else(|| rest("held as it stands until an operator decides"));
     }
     // A late stop takes the reboot policy away; an operator's own stop does not, and is left alone.
     let settled = seen.revisions.get(&serving.revision).is_some_and(|r| r.returns_alone);
@@ -84,8 +84,26 @@ pub(super) fn decide(view: &View<'_>) -> Decision {
     housekeeping(view).unwrap_or_else(|| rest("at rest"))
 }
 
+/// Promise 4: what a rollback needs is proved to be there daily, before somebody needs it at night.
+fn prove(view: &View<'_>) -> Option<Decision> {
+    let snapshot = view.record.snapshot.as_ref()?;
+    let task = view.task(PROVE, 1);
+    let is_due = view.now.since(snapshot.proved_at) >= view.policy.clean_up_every;
+    if !is_due || view.tasks.running.contains(&task) {
+        return None;
+    }
+    match view.tasks.ended.get(&task) {
+        // A look that ended before the newest commit may be of another snapshot.
+        Some(Ended::Well { outcome: Outcome::Proved { lost }, at }) if view.record.updated_at <= *at => {
+            Some(Decision::Record(Event::WayBackProved { lost: lost.clone() }))
+        }
+        Some(Ended::Badly { at, .. }) if view.now.since(*at) < view.policy.backoff_max => None,
+        Some(_) | None => Some(Decision::Act(Action::Prove)),
+    }
+}
+
 fn housekeeping(view: &View<'_>) -> Option<Decision> {
-    purge(view).or_else(|| is_clean_up_due(view).then_some(Decision::Act(Action::CleanUp)))
+    prove(view).or_else(|| purge(view)).or_else(|| is_clean_up_due(view).then_some(Decision::Act(Action::CleanUp)))
 }
 
 /// Traffic is elsewhere than recorded, and what served without proof is not there to take it back: after a reboot the way in leads

@@ -33,6 +33,8 @@ pub enum Action {
     },
     /// Remove what earlier jobs left and nobody needs: trees, logs, images.
     CleanUp,
+    /// Look for the images of the way back, and protect them again.
+    Prove,
     /// Remove from the registry what failed jobs left there without a label.
     Purge,
 }
@@ -48,6 +50,7 @@ impl Action {
             Self::Prepare => named(PREPARE.to_owned(), 1),
             Self::Change { task, .. } => task.clone(),
             Self::CleanUp => named(CLEAN_UP.to_owned(), 1),
+            Self::Prove => named(PROVE.to_owned(), 1),
             Self::Purge => named(PURGE.to_owned(), 1),
         }
     }
@@ -57,6 +60,7 @@ pub(super) const FETCH: &str = "fetch";
 pub(super) const PREPARE: &str = "prepare";
 pub(super) const CLEAN_UP: &str = "clean-up";
 pub(super) const PURGE: &str = "purge";
+pub(super) const PROVE: &str = "prove";
 
 pub(crate) fn build_step(component: &ComponentName) -> String {
     format!("build-{component}")
@@ -90,6 +94,10 @@ pub enum Outcome {
     },
     Changed,
     CleanedUp,
+    /// Which images of the way back are gone; empty where none is.
+    Proved {
+        lost: String,
+    },
     Purged(Purged),
 }
 

@@ -218,6 +218,44 @@ fn what_jobs_left_is_cleaned_up_after_each_and_then_daily() {
     assert!(!matches!(decision, Decision::Act(Action::CleanUp)), "a held failure is left as it stands: {decision:?}");
 }
 
+/// Promise 4: proved daily that the way back is still there.
+#[test]
+fn the_way_back_is_looked_for_daily_and_its_loss_is_told() {
+    let day = 24 * 3_600 * 1_000;
+    let look = |now, ended: Option<Ended>| {
+        let mut scene = rested(now, Some(now));
+        scene.record.snapshot = Some(snapshot_of(new()));
+        match ended {
+            Some(ended) => scene.ended("prove", ended),
+            None => scene,
+        }
+    };
+    assert!(!matches!(look(day - 1, None).decide(), Decision::Act(Action::Prove)), "proved when it was taken");
+    assert_eq!(look(day, None).decide(), Decision::Act(Action::Prove));
+    let well = |lost: &str| Ended::Well { outcome: Outcome::Proved { lost: lost.to_owned() }, at: Millis(day) };
+    for (lost, line) in [("", "way_back_proved"), ("app is gone", "way_back_lost")] {
+        let scene = look(day, Some(well(lost)));
+        let Decision::Record(event) = scene.decide() else { panic!("{:?}", scene.decide()) };
+        let after = apply(&scene.record, &event, Millis(day)).unwrap();
+        let told = String::from_utf8(after.lines[0].bytes.clone()).unwrap();
+        assert!(told.contains(&format!("\"event\":\"{line}\"")) && told.contains(lost), "{told}");
+        let snapshot = after.record.snapshot.as_ref().unwrap();
+        assert_eq!(snapshot.proved_at, Millis(day));
+        assert_eq!(snapshot.lost.as_deref().unwrap_or_default(), lost);
+        // Not again before the next day.
+        let mut again = look(day + 1, Some(well(lost)));
+        again.record = after.record;
+        assert!(!matches!(again.decide(), Decision::Record(_) | Decision::Act(Action::Prove)), "{:?}", again.decide());
+    }
+    let away = Ended::Badly { told: replank_core::fault::Told::permanent("no answer", ""), tries: 1, at: Millis(day) };
+    assert!(!matches!(look(day + 1, Some(away.clone())).decide(), Decision::Act(Action::Prove)), "not at once again");
+    assert_eq!(look(day + 60_000, Some(away)).decide(), Decision::Act(Action::Prove));
+    // While a failure is held the way back matters most.
+    let mut held = look(day, None);
+    held.record.phase = record_in(State::FailedRollout, Mode::BlueGreen).phase;
+    assert_eq!(held.decide(), Decision::Act(Action::Prove));
+}
+
 #[test]
 fn the_way_back_closes_when_its_images_time_is_over() {
     let decide = |now| {

@@ -65,6 +65,7 @@ fn local(config: &Config, world: &mut World, record: &Record, action: &Action) -
             Outcome::Prepared(Box::new(Prepared { plan: plan(config), escape_hatch: vec![], reads_format: told }))
         }
         Action::CleanUp => Outcome::CleanedUp,
+        Action::Prove => Outcome::Proved { lost: String::new() },
         Action::Purge => Outcome::Purged(Purged::default()),
         Action::Step { .. } => unreachable!("no release of the model has data steps: the simulation's have"),
         Action::Change { .. } => unreachable!("a change is no local step"),
@@ -77,6 +78,7 @@ fn local_task(record: &Record, action: &Action) -> TaskId {
         Action::Build { component, attempt, .. } => (format!("build-{component}"), *attempt),
         Action::Prepare => ("prepare".to_owned(), 1),
         Action::CleanUp => ("clean-up".to_owned(), 1),
+        Action::Prove => ("prove".to_owned(), 1),
         Action::Purge => ("purge".to_owned(), 1),
         Action::Step { step, .. } => (data_step(step), 1),
         Action::Change { task, .. } => return task.clone(),
@@ -194,7 +196,7 @@ pub fn think(config: &Config, world: &mut World, id: &RevisionId, how: Local) ->
                 tasks.ended.insert(task, ended);
             }
             // It touches nothing that a record speaks of, so that only the decision after it matters here.
-            Decision::Act(action @ (Action::CleanUp | Action::Purge)) => {
+            Decision::Act(action @ (Action::CleanUp | Action::Prove | Action::Purge)) => {
                 let outcome = local(config, world, &record, &action);
                 tasks.ended.insert(local_task(&record, &action), Ended::Well { outcome, at: now });
             }

@@ -81,6 +81,7 @@ pub fn snapshot_of(deployment: Deployment) -> Snapshot {
         taken_at: Millis(0),
         keep_until: Millis(90 * 24 * 3_600 * 1_000),
         proved_at: Millis(0),
+        lost: None,
         closed: None,
         extra: BTreeMap::new(),
     }

@@ -17,7 +17,7 @@ use super::failure::{Code, Failure};
 use super::plain::{self, Lines};
 use super::show::{self, Style};
 use super::watch::{Face, at_rest, watch};
-use super::{Because, Command, Global, Logs, RoleArg, RollbackArgs, Start, TokenCommand, Wait, tokens};
+use super::{Because, Command, Global, Logs, QuarantineArgs, RoleArg, RollbackArgs, Start, TokenCommand, Wait, tokens};
 use crate::config::env::Environment;
 use crate::config::{FILE, Settings};
 use crate::http::row::Row;
@@ -53,6 +53,7 @@ pub async fn run(command: Command, global: Global, env: &Environment) -> Done {
         Command::Cancel(args) => run.because("/api/upgrade/cancel", args, "failed_pre").await,
         Command::Confirm(args) => run.row("/api/upgrade/confirm", reason(args.reason)).await,
         Command::Reset(args) => run.row("/api/upgrade/reset", json!({ "reason": args.reason })).await,
+        Command::Quarantine(args) => run.quarantine(args).await,
         Command::Logs(args) => run.logs(args).await,
         Command::History(args) if args.verify => run.verify().await,
         Command::History(args) if args.refusals => run.refusals(args.limit).await,
@@ -271,6 +272,15 @@ impl Run<'_> {
         }
         let row: Row = client.post("/api/upgrade/rollback", &body).await?;
         self.queued(&client, row, &args.because.wait, "rolled_back").await
+    }
+
+    async fn quarantine(&self, args: QuarantineArgs) -> Done {
+        const PATH: &str = "/api/upgrade/quarantine";
+        if let Some(which) = args.lift {
+            return self.row(PATH, json!({ "lift": which, "reason": args.reason })).await;
+        }
+        let found: Value = self.client()?.get(PATH).await?;
+        self.print(&found, |out, style| show::quarantine(out, &found, style))
     }
 
     async fn because(&self, path: &str, args: Because, expect: &str) -> Done {

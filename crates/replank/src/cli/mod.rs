@@ -120,6 +120,11 @@ pub enum Command {
     Confirm(Reason),
     /// Give up a stuck job.
     Reset(ResetArgs),
+    /// List the commits that are not started again without an override, or let one be started again.
+    #[command(
+        after_help = "Examples:\n  replank quarantine\n  replank quarantine --lift 1.4.0 --reason \"it was the registry, not the release\""
+    )]
+    Quarantine(QuarantineArgs),
     /// Print a component's build log.
     Logs(Logs),
     /// Show what happened, check that nobody edited it, or show what was refused.
@@ -252,6 +257,16 @@ pub struct ResetArgs {
     /// Why, for the history; at most 280 characters
     #[arg(long)]
     pub reason: String,
+}
+
+#[derive(Debug, Args)]
+pub struct QuarantineArgs {
+    /// Version, or commit of 40 hex digits, that may be started again
+    #[arg(long, value_name = "WHICH", requires = "reason")]
+    pub lift: Option<String>,
+    /// Why, for the history; at most 280 characters
+    #[arg(long, requires = "lift")]
+    pub reason: Option<String>,
 }
 
 #[derive(Debug, Args)]

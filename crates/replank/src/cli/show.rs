@@ -189,6 +189,20 @@ pub fn candidates(out: &mut dyn Write, found: &Value, style: &Style) -> io::Resu
     Ok(())
 }
 
+pub fn quarantine(out: &mut dyn Write, found: &Value, style: &Style) -> io::Result<()> {
+    let entries = found["quarantine"].as_array().map(Vec::as_slice).unwrap_or_default();
+    if entries.is_empty() {
+        return writeln!(out, "nothing is quarantined");
+    }
+    let row = |entry: &Value| {
+        let text = |name: &str| plain::line(entry[name].as_str().unwrap_or_default(), false);
+        vec![text("version"), short(&text("commit_sha")).to_owned(), style.time(&text("at")), text("reason")]
+    };
+    let mut rows = vec![["VERSION", "COMMIT", "SINCE", "WHY"].map(str::to_owned).to_vec()];
+    rows.extend(entries.iter().map(row));
+    table(out, &rows)
+}
+
 pub fn refusals(out: &mut dyn Write, refusals: &[Value], style: &Style) -> io::Result<()> {
     if refusals.is_empty() {
         return writeln!(out, "nothing was refused");

@@ -156,6 +156,8 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     /// Ends the confirm window early: keep.
     async fn keep(&self, actor: &Actor, reason: &str) -> Result<Record, Refusal>;
     async fn reset(&self, actor: &Actor, reason: &str) -> Result<Record, Refusal>;
+    /// Takes a commit out of quarantine, by its version or by its id.
+    async fn lift_quarantine(&self, actor: &Actor, which: &str, reason: &str) -> Result<Record, Refusal>;
     async fn preflight(&self) -> Result<Preflight, Refusal>;
     async fn escape_hatch(&self) -> Result<EscapeHatch, Refusal>;
     /// Names of the configured components: what the build-log route knows.

@@ -59,6 +59,36 @@ impl Executor {
         Ok(())
     }
 
+    /// The images of the way back: which of them are gone, in words. Those that are there are protected again, as somebody may have
+    /// taken a tag away.
+    pub(super) async fn prove(&self, record: &Record) -> Result<String, Fault> {
+        let Some(snapshot) = &record.snapshot else { return Ok(String::new()) };
+        let deployment = &snapshot.deployment;
+        let mut lost = Vec::new();
+        for (component, image) in &deployment.images {
+            let places = [Some(&self.ports.registry), self.ports.local_images.as_ref()];
+            let mut is_there = false;
+            for registry in places.into_iter().flatten() {
+                if registry.resolve(image).await?.is_some() {
+                    is_there = true;
+                    let name = format!("{}-{component}", deployment.version);
+                    self.still_mine(record).await?;
+                    registry.protect(image, &record.installation, &name).await?;
+                    break;
+                }
+            }
+            if !is_there {
+                lost.push(format!("{component} ({image})"));
+            }
+        }
+        if lost.is_empty() {
+            return Ok(String::new());
+        }
+        let why = format!("images of {} are gone: {}", deployment.version, lost.join(", "));
+        tracing::warn!(%why, "the way back is lost");
+        Ok(why)
+    }
+
     /// What failed jobs pushed without a label, by the tags of their attempts. What cannot be removed stays in the record.
     pub(super) async fn purge(&self, record: &Record) -> Result<Purged, Fault> {
         self.still_mine(record).await?;

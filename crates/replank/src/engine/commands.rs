@@ -10,9 +10,9 @@ use replank_core::event::Event;
 use replank_core::history::Line;
 use replank_core::image::ImageId;
 use replank_core::ports::{EscapeHatch, LedgerError, LogId};
-use replank_core::record::{Actor, Job, Latest, Record};
+use replank_core::record::{Actor, Job, Latest, Quarantined, Record};
 use replank_core::transition::{Refused, apply_as, readable_to};
-use replank_core::words::{ComponentName, IdempotencyKey, JobId, Millis, Nonce};
+use replank_core::words::{CommitSha, ComponentName, IdempotencyKey, JobId, Millis, Nonce, Version};
 use tokio::sync::watch;
 
 use super::api::{Candidates, Engine, Live, LogRead, Preflight, PreflightImage, Refusal, StartRequest};
@@ -317,6 +317,37 @@ impl Engine for LocalEngine {
             return Err(Refusal::Invalid("a reset needs a reason".to_owned()));
         }
         self.commit(|_| Ok(Ok(Event::Reset { actor: actor.clone(), reason: reason.to_owned() }))).await
+    }
+
+    async fn lift_quarantine(&self, actor: &Actor, which: &str, reason: &str) -> Result<Record, Refusal> {
+        checked_reason(reason)?;
+        if reason.trim().is_empty() {
+            return Err(Refusal::Invalid("lifting a quarantine needs a reason".to_owned()));
+        }
+        let bad = |_| Refusal::Invalid(format!("{which:.80} is neither a version nor a commit of 40 hex digits"));
+        let version = which.parse::<Version>().ok();
+        let commit = match version {
+            Some(_) => None,
+            None => Some(CommitSha::new(which).map_err(bad)?),
+        };
+        self.commit(|record| {
+            let is_meant = |(sha, entry): &(&CommitSha, &Quarantined)| {
+                commit.as_ref().is_some_and(|commit| commit == *sha) || version.as_ref() == Some(&entry.version)
+            };
+            // Two commits of one version are two tags of that name: whoever means one of them says which.
+            let mut meant = record.quarantine.iter().filter(is_meant);
+            let (Some((sha, _)), None) = (meant.next(), meant.next()) else {
+                let what = if record.quarantine.iter().any(|entry| is_meant(&entry)) {
+                    format!("more than one commit of {which} is quarantined: name the commit")
+                } else {
+                    format!("{which} is not quarantined; see the list of what is")
+                };
+                return Err(Refusal::Conflict(what));
+            };
+            let reason = reason.to_owned();
+            Ok(Ok(Event::QuarantineLifted { actor: actor.clone(), commit: sha.clone(), reason }))
+        })
+        .await
     }
 
     async fn preflight(&self) -> Result<Preflight, Refusal> {

@@ -79,7 +79,7 @@ impl Executor {
     /// of its own.
     async fn carry_out_in_time(&self, record: &Record, action: Action) -> Result<Outcome, Fault> {
         let is_limited = match &action {
-            Action::Change { .. } | Action::CleanUp | Action::Purge => true,
+            Action::Change { .. } | Action::CleanUp | Action::Prove | Action::Purge => true,
             Action::Fetch | Action::Build { .. } | Action::Prepare | Action::Step { .. } => false,
         };
         let work = self.carry_out(record, action);
@@ -114,6 +114,7 @@ impl Executor {
                 self.clean_up(record).await;
                 Ok(Outcome::CleanedUp)
             }
+            Action::Prove => Ok(Outcome::Proved { lost: self.prove(record).await? }),
             Action::Purge => Ok(Outcome::Purged(self.purge(record).await?)),
         }
     }

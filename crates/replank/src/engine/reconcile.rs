@@ -285,7 +285,7 @@ impl Reconciler {
 
 /// Tasks that change the platform; the others build or look.
 fn is_change(task: &TaskId) -> bool {
-    !(matches!(task.step.as_str(), "fetch" | "prepare" | "clean-up" | "purge")
+    !(matches!(task.step.as_str(), "fetch" | "prepare" | "clean-up" | "purge" | "prove")
         || task.step.starts_with("build-")
         || task.step.starts_with("data-"))
 }

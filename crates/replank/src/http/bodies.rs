@@ -97,6 +97,31 @@ impl Rollback {
     }
 }
 
+/// `POST /quarantine`: what may be started again.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Lift {
+    /// A version, or a commit's 40 hex digits.
+    #[schema(min_length = 5, max_length = 100)]
+    pub lift: String,
+    /// For the history; not only blanks.
+    #[schema(min_length = 1, max_length = 280, pattern = r"\S")]
+    reason: String,
+}
+
+impl Lift {
+    pub fn checked(self) -> Result<(String, String), BadBody> {
+        check_reason(&self.reason)?;
+        if self.reason.trim().is_empty() {
+            return invalid("say why: lifting a quarantine needs a `reason`");
+        }
+        if self.lift.parse::<Version>().is_err() && CommitSha::new(self.lift.as_str()).is_err() {
+            return invalid("`lift` is a version, or a commit's 40 hex digits");
+        }
+        Ok((self.lift, self.reason))
+    }
+}
+
 /// Why a job is given up, for the history.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

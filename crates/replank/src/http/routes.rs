@@ -14,7 +14,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::auth::{Admin, Caller};
-use super::bodies::{self, Nothing, Reason, ResetReason, Rollback, Wanted};
+use super::bodies::{self, Lift, Nothing, Reason, ResetReason, Rollback, Wanted};
 use super::errors::ApiError;
 use super::extract::{Asked, Body, number};
 use super::glance::{self, Looker};
@@ -45,6 +45,7 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(cancel))
         .routes(routes!(confirm))
         .routes(routes!(reset))
+        .routes(routes!(quarantine, lift_quarantine))
         .routes(routes!(escape_hatch))
         .routes(routes!(history))
         .routes(routes!(events::events));
@@ -227,6 +228,26 @@ async fn reset(State(app): State<App>, Admin(caller): Admin, body: Body) -> Acce
         Ok(app.engine.reset(&caller.actor, &reason).await?)
     };
     command(&app, &caller, "reset", tried).await
+}
+
+/// Commits that are not started again without an override, newest first.
+#[utoipa::path(get, path = "/quarantine", tag = "upgrade", security(("token" = [])),
+    responses((status = 200, description = "The commits", body = views::Quarantine)))]
+async fn quarantine(State(app): State<App>, _: Caller) -> Answer<views::Quarantine> {
+    Ok(Json(views::Quarantine::of(&app.engine.record().await?)))
+}
+
+/// Let a commit be started again without an override.
+#[utoipa::path(post, path = "/quarantine", tag = "upgrade", security(("token" = ["admin"])), request_body = Lift, responses(
+    (status = 202, description = "Lifted", body = Row),
+    (status = 409, description = "It is not quarantined, or the version has more than one commit that is"),
+))]
+async fn lift_quarantine(State(app): State<App>, Admin(caller): Admin, body: Body) -> Accepted {
+    let tried = async {
+        let (which, reason) = body.required::<Lift>()?.checked()?;
+        Ok(app.engine.lift_quarantine(&caller.actor, &which, &reason).await?)
+    };
+    command(&app, &caller, "quarantine", tried).await
 }
 
 /// Whether a rollback would find what it needs.

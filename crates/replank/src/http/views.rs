@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 
 use replank_core::ports::TagRef;
+use replank_core::record::Record;
+use replank_core::words::CommitSha;
 use serde::Serialize;
 use serde_json::Value;
 use utoipa::ToSchema;
@@ -64,6 +66,38 @@ impl From<&TagRef> for Candidate {
             commit_sha: tag.commit.to_string(),
             refused: tag.refused.clone(),
         }
+    }
+}
+
+/// Commits that failed, or that somebody left.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Quarantine {
+    pub quarantine: Vec<Quarantined>,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+pub struct Quarantined {
+    pub version: String,
+    pub commit_sha: String,
+    pub reason: String,
+    /// RFC 3339, UTC.
+    pub at: String,
+    /// Images that it was built as, by component.
+    pub images: BTreeMap<String, String>,
+}
+
+impl Quarantine {
+    pub fn of(record: &Record) -> Self {
+        let mut entries: Vec<_> = record.quarantine.iter().collect();
+        entries.sort_by_key(|(_, entry)| std::cmp::Reverse(entry.at));
+        let one = |(commit, entry): (&CommitSha, &replank_core::record::Quarantined)| Quarantined {
+            version: entry.version.to_string(),
+            commit_sha: commit.to_string(),
+            reason: entry.reason.clone(),
+            at: entry.at.rfc3339(),
+            images: super::row::references(&entry.images),
+        };
+        Self { quarantine: entries.into_iter().map(one).collect() }
     }
 }
 

@@ -67,7 +67,7 @@ fn events(line: &Map<String, Value>) -> Vec<Event> {
     if line.get("held") == Some(&Value::Bool(true)) {
         events.push(Event::Held);
     }
-    if text(line, "event") == "snapshot_dropped" {
+    if ["snapshot_dropped", "way_back_lost"].contains(&text(line, "event")) {
         events.push(Event::WayBackLost);
     }
     events

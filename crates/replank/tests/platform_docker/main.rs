@@ -4,6 +4,7 @@ mod fixture;
 mod inside;
 mod registry;
 mod rules;
+mod steps;
 
 use std::collections::BTreeSet;
 
