@@ -73,11 +73,11 @@ async fn a_data_step_runs_once_whoever_asks_and_how_often() {
     let names: Vec<&str> = blue.plan.data.steps.iter().map(|step| step.name.as_str()).collect();
     assert_eq!(names, ["backup", "migrate-web"], "the backup is the first");
     let migrate = step(&blue, StepKind::Migrate);
-    let (lines, key) = (Lines::default(), key("migrate"));
+    let (lines, others, key) = (Lines::default(), Lines::default(), key("migrate"));
     // Two controllers at the same moment, as after a take-over.
     let (one, two) = tokio::join!(
         app.platform.run_step(&blue, &migrate, &key, in_seconds(60), &lines),
-        app.platform.run_step(&blue, &migrate, &key, in_seconds(60), &Lines::default()),
+        app.platform.run_step(&blue, &migrate, &key, in_seconds(60), &others),
     );
     assert_eq!((one.expect("one"), two.expect("two")), (0, 0));
     let again = app.platform.run_step(&blue, &migrate, &key, in_seconds(60), &Lines::default()).await;
