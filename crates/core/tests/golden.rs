@@ -58,7 +58,11 @@ fn a_record_is_raised_only_when_everybody_who_may_drive_reads_it() {
     let bytes = fs::read(golden(1).join("rolling_out-single.json")).unwrap();
     let mut record = format::read(&bytes).unwrap();
     let newer = format::FIRST + 1;
-    assert_eq!(format::level(&record, newer), format::FIRST, "what runs and what is started say nothing of what they read");
+    assert_eq!(
+        format::level(&record, newer),
+        format::FIRST,
+        "what runs and what is started say nothing of what they read"
+    );
     let raise = |deployment: &mut Option<replank_core::record::Deployment>| {
         if let Some(deployment) = deployment {
             deployment.reads_format = Some(newer);

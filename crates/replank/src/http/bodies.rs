@@ -102,7 +102,9 @@ impl Rollback {
 #[serde(deny_unknown_fields)]
 pub struct Lift {
     /// A version, or a commit's 40 hex digits.
-    #[schema(pattern = r"^(v?(0|[1-9][0-9]{0,18})(\.(0|[1-9][0-9]{0,18})){2}(-commit\.[0-9a-f]{7,40})?|[0-9a-f]{40})$")]
+    #[schema(
+        pattern = r"^(v?(0|[1-9][0-9]{0,18})(\.(0|[1-9][0-9]{0,18})){2}(-commit\.[0-9a-f]{7,40})?|[0-9a-f]{40})$"
+    )]
     pub lift: String,
     /// For the history; not only blanks.
     #[schema(min_length = 1, max_length = 280, pattern = r"\S")]
