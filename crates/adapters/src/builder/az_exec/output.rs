@@ -21,6 +21,8 @@ struct Seen {
     waits_since: Option<Instant>,
     queued: Duration,
     last: String,
+    /// The last complaint: what az itself says is on its standard error, beside how the queue is.
+    complaint: String,
 }
 
 impl<'a> Watch<'a> {
@@ -38,12 +40,14 @@ impl<'a> Watch<'a> {
         seen.queued + seen.waits_since.map_or(Duration::ZERO, |since| since.elapsed())
     }
 
-    /// The last line that says anything, masked.
+    /// The last complaint, or where there is none the last line that says anything; masked. The two streams come by themselves, so
+    /// that which of their lines is the very last is chance.
     pub(super) fn last_words(&self) -> String {
-        replank_core::mask::mask_text(&self.seen().last)
+        let seen = self.seen();
+        replank_core::mask::mask_text(if seen.complaint.is_empty() { &seen.last } else { &seen.complaint })
     }
 
-    fn look(&self, line: &str) {
+    fn look(&self, stream: Stream, line: &str) {
         let line = line.trim();
         if line.is_empty() {
             return;
@@ -60,6 +64,10 @@ impl<'a> Watch<'a> {
                 (true, Some(_)) | (false, None) => {}
             }
             seen.last = line.chars().map(|c| if c.is_control() { ' ' } else { c }).take(WORDS_MAX).collect();
+            let chatters = waits || line.starts_with("Queued a build") || line.starts_with("WARNING:");
+            if stream == Stream::Stderr && !chatters {
+                seen.complaint = seen.last.clone();
+            }
             if waits {
                 Some(Progress { done: 0, total: 0, step: "waiting for an agent".to_owned() })
             } else {
@@ -84,7 +92,7 @@ impl Log for Watch<'_> {
     /// The channel gives whole lines.
     fn write(&self, stream: Stream, bytes: &[u8]) {
         self.log.write(stream, bytes);
-        self.look(&String::from_utf8_lossy(bytes));
+        self.look(stream, &String::from_utf8_lossy(bytes));
     }
 
     fn progress(&self, progress: Progress) {
@@ -128,5 +136,22 @@ mod tests {
         assert_eq!(watch.queued(), queued);
         watch.write(Stream::Stderr, b"failed: password=hunter2secret\n");
         assert!(watch.last_words().contains("failed") && !watch.last_words().contains("hunter2secret"));
+    }
+
+    #[test]
+    fn the_last_words_do_not_depend_on_which_stream_is_faster() {
+        let words = |lines: &[(Stream, &str)]| {
+            let watch = Watch::new(&NoLog);
+            lines.iter().for_each(|(stream, line)| watch.write(*stream, line.as_bytes()));
+            watch.last_words()
+        };
+        let (step, complaint) = ((Stream::Stdout, "Step 1/2 : RUN make"), (Stream::Stderr, "ERROR: the step failed"));
+        assert_eq!(words(&[step, complaint]), "ERROR: the step failed");
+        assert_eq!(words(&[complaint, step]), "ERROR: the step failed");
+        let chatter = (Stream::Stderr, "Waiting for an agent...");
+        assert_eq!(
+            words(&[step, chatter, (Stream::Stdout, "Run ID: cf1 was successful")]),
+            "Run ID: cf1 was successful"
+        );
     }
 }
