@@ -407,6 +407,12 @@ fn commit(config: &Config, world: &mut World, writer: Option<&RevisionId>, event
         }
         Event::Prepared { .. } => record.running.clone_from(&current.running),
         Event::SnapshotDropped { .. } => world.expired = false,
+        // Commits have no time here, and the next day's look is as far as tomorrow.
+        Event::WayBackProved { .. } => {
+            if let Some(snapshot) = &mut record.snapshot {
+                snapshot.proved_at = EXPIRED;
+            }
+        }
         Event::Completed | Event::FlippedBack | Event::RolledBack => {
             let running = record.running.as_ref().map(|d| &d.revision);
             let serves = running.and_then(|id| world.platform.revisions.get(id)).is_some_and(Revision::serves);
