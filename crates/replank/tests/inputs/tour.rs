@@ -1,6 +1,7 @@
 //! Every command as a new user types it, against a running installation.
 
 use std::process::Output;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -123,6 +124,12 @@ fn every_command_answers_a_new_user() {
     well(&rig, &["history"], &["token_changed", "change=created", "change=revoked", "token=eve"]);
     well(&rig, &["history", "--refusals"], &["eve", "the token's role is reader", "quarantine"]);
     well(&rig, &["history", "--verify"], &["consistent with anchor"]);
+    // The status alone may be read on for 250 ms (SECURITY.md); everything else is refused at once.
+    refused(&show(&rig, &["history", "--token-file", &eve]), 5, &["token"]);
+    let revoked = Instant::now();
+    while show(&rig, &["status", "--token-file", &eve]).status.success() {
+        assert!(revoked.elapsed() < Duration::from_secs(2), "a revoked token still reads the status");
+    }
     refused(&show(&rig, &["status", "--token-file", &eve]), 5, &["token"]);
     assert!(json(&rig, &["token", "list"])["tokens"].as_array().is_some_and(|all| all.len() == 2));
     std::fs::write(&eve, "").unwrap();
