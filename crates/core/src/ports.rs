@@ -479,7 +479,7 @@ pub enum Change {
     /// overlap retires the revision, and is refused (conflict) while traffic goes there: it is a dead driver's, and late.
     Stop { deployment: Deployment, containers: BTreeSet<ContainerName> },
     /// Send all traffic to a deployment, if `generation` is above the platform's. While `fallback` is set, a restart of
-    /// the traffic's own machinery serves that one until it is told again.
+    /// the traffic's own machinery serves that one until it is told again; so what runs of it returns after a reboot too.
     Shift { to: Deployment, generation: u64, fallback: Option<Deployment> },
     /// Make this the deployment that returns alone after a reboot; `not` no longer does. Ends the fallback. Refused (conflict)
     /// where `generation` is below the platform's, and unless every container of the deployment runs: a late settle would

@@ -233,13 +233,7 @@ pub fn advance(view: &View<'_>, swap: &Swap, stage: Stage, reverse: bool) -> Ste
     let settled = seen.revisions.get(&to.revision).is_some_and(|r| r.returns_alone)
         && seen.traffic.fallback.is_none()
         && swap.intended(Op::Settle).is_some_and(|s| seen.traffic.generation >= s.generation);
-    // What a flip back would restore goes on returning until the job has ended and it is retired: if the flip then failed
-    // half-way, nothing at all would return.
-    let way_back = match &swap.way_back {
-        WayBack::Snapshot(snapshot) => Some(&snapshot.deployment.revision),
-        WayBack::FirstDeployment => None,
-    };
-    let others = seen.revisions.keys().filter(|id| **id != to.revision && Some(*id) != way_back).cloned().collect();
+    let others = seen.revisions.keys().filter(|id| **id != to.revision).cloned().collect();
     let change = |generation| Change::Settle { deployment: to.clone(), not: others, generation };
     operate(view, swap, Op::Settle, settled, change).unwrap_or(Step::Reached)
 }
@@ -280,7 +274,8 @@ fn cut_over(view: &View<'_>, swap: &Swap, seen: &Observation) -> Option<Step> {
         return Some(Step::Record(Event::OpIntended { op: Op::CutOver }));
     }
     // What returns alone after a reboot is the deployment that was proved last; that is what a restarted proxy must serve.
-    let fallback = view.record.running.clone().filter(|running| running.revision != swap.to.revision);
+    // On the way back that is where the traffic goes: it returns from then on, before all of it is there to be settled.
+    let fallback = view.record.running.clone();
     operate(view, swap, Op::CutOver, there, |generation| Change::Shift { to: swap.to.clone(), generation, fallback })
 }
 
@@ -296,7 +291,7 @@ fn pin_traffic(view: &View<'_>, swap: &Swap, seen: &Observation) -> Option<Step>
         return Some(Step::Record(Event::OpIntended { op: Op::PinTraffic }));
     }
     pinned?;
-    let fallback = view.record.running.clone().filter(|running| running.revision != serving.revision);
+    let fallback = view.record.running.clone();
     let change = |generation| Change::Shift { to: serving.clone(), generation, fallback };
     operate(view, swap, Op::PinTraffic, !strayed, change)
 }

@@ -90,6 +90,9 @@ pub(crate) fn carry_out(world: &Arc<World>, change: &Change, partly: bool) -> Re
             move_traffic(&mut state, &to.revision, now);
             state.platform.generation = *generation;
             state.platform.fallback = fallback.as_ref().map(|d| d.revision.clone());
+            if let Some(kept) = fallback.as_ref().and_then(|d| state.platform.revisions.get_mut(&d.revision)) {
+                kept.containers.values_mut().filter(|c| c.running).for_each(|c| c.alone = true);
+            }
             Ok(())
         }
         Change::Settle { deployment, not, generation } => {

@@ -39,7 +39,7 @@ pub(super) fn decide(view: &View<'_>) -> Decision {
             let why = "traffic was seen elsewhere than recorded".to_owned();
             return Decision::Record(Event::RepairIntended { why });
         }
-        let fallback = record.running.clone().filter(|running| running.revision != serving.revision);
+        let fallback = record.running.clone();
         let change = Change::Shift { to: serving.clone(), generation: record.generation, fallback };
         let attempt = u32::try_from(record.generation).unwrap_or(u32::MAX);
         return as_decision(view.act("repair-traffic", attempt, change));
@@ -52,6 +52,11 @@ pub(super) fn decide(view: &View<'_>) -> Decision {
         if let Some(step) = one_of_each(view, serving, seen).or_else(|| halt_doubles(view, serving, seen)) {
             return as_decision(step);
         }
+        // What was proved and serves has to return, also where going back to it was given up before it was settled.
+        let returns = seen.revisions.get(&serving.revision).is_some_and(|r| r.returns_alone);
+        if is_proved && !returns && fit(seen, serving, serving.plan.containers.keys()) == Fit::Up {
+            return settle_serving(view, serving, traffic.generation, as_decision);
+        }
         return prove(view).unwrap_or_else(|| rest("held as it stands until an operator decides"));
     }
     // A late stop takes the reboot policy away; an operator's own stop does not, and is left alone.
@@ -61,13 +66,7 @@ pub(super) fn decide(view: &View<'_>) -> Decision {
             let containers = serving.plan.containers.keys().cloned().collect();
             return as_decision(view.act("repair-start", 1, Change::Start { deployment: serving.clone(), containers }));
         }
-        if record.generation <= traffic.generation {
-            let why = "the serving revision would not return after a reboot".to_owned();
-            return Decision::Record(Event::RepairIntended { why });
-        }
-        let change = Change::Settle { deployment: serving.clone(), not: vec![], generation: record.generation };
-        let attempt = u32::try_from(record.generation).unwrap_or(u32::MAX);
-        return as_decision(view.act("repair-settle", attempt, change));
+        return settle_serving(view, serving, traffic.generation, as_decision);
     }
     if let Some(step) = hand_over(view, serving) {
         return as_decision(step);
@@ -104,6 +103,22 @@ fn prove(view: &View<'_>) -> Option<Decision> {
 
 fn housekeeping(view: &View<'_>) -> Option<Decision> {
     prove(view).or_else(|| purge(view)).or_else(|| is_clean_up_due(view).then_some(Decision::Act(Action::CleanUp)))
+}
+
+/// What serves becomes what returns after a reboot, under a generation that is recorded first.
+fn settle_serving(
+    view: &View<'_>,
+    serving: &Deployment,
+    seen: u64,
+    as_decision: impl FnOnce(Step) -> Decision,
+) -> Decision {
+    let generation = view.record.generation;
+    if generation <= seen {
+        let why = "the serving revision would not return after a reboot".to_owned();
+        return Decision::Record(Event::RepairIntended { why });
+    }
+    let change = Change::Settle { deployment: serving.clone(), not: vec![], generation };
+    as_decision(view.act("repair-settle", u32::try_from(generation).unwrap_or(u32::MAX), change))
 }
 
 /// Traffic is elsewhere than recorded, and what served without proof is not there to take it back: after a reboot the way in leads

@@ -380,6 +380,9 @@ impl World {
                 let platform = self.platform_mut();
                 platform.traffic = Some(to.revision.clone());
                 platform.fallback = fallback.as_ref().map(|d| d.revision.clone());
+                if let Some(kept) = fallback.as_ref().and_then(|d| platform.revisions.get_mut(&d.revision)) {
+                    kept.containers.values_mut().filter(|c| c.running).for_each(|c| c.alone = true);
+                }
                 self.generation_is(*generation);
             }
             Change::Settle { deployment, not, generation } => {

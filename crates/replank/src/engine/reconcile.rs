@@ -148,6 +148,10 @@ impl Reconciler {
         }
         self.drop_obsolete(&record).await;
         let driving = record.driver.controller == self.setup.me;
+        if !driving {
+            // What was seen before somebody else drove proves nothing: a successor proves again.
+            self.streaks = Streaks::default();
+        }
         let observation = if driving { self.observe(&record).await } else { None };
         let presences = self.ports.ledger.presences().await?;
         let now = self.ports.clock.now();

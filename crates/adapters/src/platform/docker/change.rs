@@ -317,10 +317,24 @@ impl Work<'_> {
     async fn shift(&self, to: &Deployment, generation: u64, fallback: Option<&Deployment>) -> Result<(), Fault> {
         let primary = self.side(to, true).await?;
         let fallback = match fallback {
-            Some(deployment) => Some(self.side(deployment, false).await?),
+            Some(deployment) => {
+                let side = self.side(deployment, false).await?;
+                self.keep_returning(deployment).await?;
+                Some(side)
+            }
             None => None,
         };
         self.route(&Routes { generation, primary, fallback }).await
+    }
+
+    /// What a restart of the proxy would serve has to be there after a reboot; what of it made room stays down.
+    async fn keep_returning(&self, deployment: &Deployment) -> Result<(), Fault> {
+        for name in deployment.plan.containers.keys() {
+            if let Some(ours) = self.find(deployment, name).await?.filter(|ours| ours.running) {
+                self.set_restart(&ours, name, RestartPolicyNameEnum::ALWAYS).await?;
+            }
+        }
+        Ok(())
     }
 
     /// The way into a deployment, by the identities that its containers have now.
