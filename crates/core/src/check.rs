@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Map, Value};
 
-use crate::decide::build_step;
+use crate::decide::{build_step, data_step};
 use crate::history::{Broken, Line, Verifier};
 use crate::phase::{Confirming, Phase, State};
 use crate::ports::{LogId, Observation, Running};
@@ -191,8 +191,8 @@ fn log_misfit(record: &Record, log: &LogSeen) -> Option<Misfit> {
     let component = log.id.component.to_string();
     let bad = |why: String| Some(Misfit::Log { component: component.clone(), why });
     let job = record.job.as_ref().filter(|job| job.id == log.id.job)?;
-    let is_data_step = job.data.keys().any(|name| name.as_str() == component);
-    let step = if is_data_step { format!("data-{component}") } else { build_step(&log.id.component) };
+    let data = job.data.keys().find(|name| name.as_str() == component);
+    let step = data.map_or_else(|| build_step(&log.id.component), data_step);
     let Some(body) = log.bytes.strip_suffix(b"\n") else { return bad("its last line has no end".to_owned()) };
     let mut last = 0;
     for (number, line) in body.split(|byte| *byte == b'\n').enumerate() {

@@ -391,7 +391,7 @@ impl Source for Door {
     async fn fetch(&self, _: &JobId, target: &Target, log: &dyn Log) -> Result<Tree, Fault> {
         let commit = target.commit.clone();
         log.write(Stream::Stdout, b"$ git clone\n");
-        let tree = Tree { path: "/work/tree".into(), commit, signed_by: None };
+        let tree = Tree { path: "/trees/job".into(), commit, signed_by: None };
         self.asked("fetch", move |_| Ok(tree)).await
     }
 

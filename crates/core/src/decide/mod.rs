@@ -535,10 +535,10 @@ fn decide_confirming(view: &View<'_>, confirming: &Confirming) -> Decision {
     }
     let swap = &confirming.swap;
     // A way back that the data have closed is not taken by the system: the old version would only fail on them too.
-    let is_open = crate::data::closed(swap, view.record.job.as_ref()).is_none();
-    let has_way_back = matches!(swap.way_back, WayBack::Snapshot(_)) && is_open;
+    let closed = crate::data::closed(swap, view.record.job.as_ref());
+    let has_way_back = matches!(swap.way_back, WayBack::Snapshot(_)) && closed.is_none();
     let degraded = view.streaks.degraded(&swap.to, view.policy.degraded_after);
-    if let Some(why) = degraded.clone().filter(|_| has_way_back) {
+    if has_way_back && let Some(why) = degraded {
         return Decision::Record(Event::FlipIntended { why });
     }
     let Some(deadline) = confirming.deadline else {
@@ -560,7 +560,6 @@ fn decide_confirming(view: &View<'_>, confirming: &Confirming) -> Decision {
     // There is nothing to flip back to, and a window that never ends would tell nobody.
     if let Some(why) = degraded.filter(|_| over) {
         let what = format!("the new revision stopped answering inside its confirm window: {why}");
-        let closed = crate::data::closed(swap, view.record.job.as_ref());
         let advice = match closed {
             Some(closed) => format!("{closed}: mend it with a newer release, or restore the data and roll back"),
             None => "mend it with a newer release".to_owned(),

@@ -44,6 +44,7 @@ pub(super) fn decide(view: &View<'_>) -> Decision {
         let attempt = u32::try_from(record.generation).unwrap_or(u32::MAX);
         return as_decision(view.act("repair-traffic", attempt, change));
     }
+    let settled = seen.revisions.get(&serving.revision).is_some_and(|r| r.returns_alone);
     let is_proved = record.running.as_ref().is_some_and(|r| r.revision == serving.revision);
     // What serves without proof stays beside what was proved last, also where a later job failed before it touched anything:
     // the proved one is all that returns after a reboot.
@@ -53,14 +54,12 @@ pub(super) fn decide(view: &View<'_>) -> Decision {
             return as_decision(step);
         }
         // What was proved and serves has to return, also where going back to it was given up before it was settled.
-        let returns = seen.revisions.get(&serving.revision).is_some_and(|r| r.returns_alone);
-        if is_proved && !returns && fit(seen, serving, serving.plan.containers.keys()) == Fit::Up {
+        if is_proved && !settled && fit(seen, serving, serving.plan.containers.keys()) == Fit::Up {
             return settle_serving(view, serving, traffic.generation, as_decision);
         }
         return prove(view).unwrap_or_else(|| rest("held as it stands until an operator decides"));
     }
     // A late stop takes the reboot policy away; an operator's own stop does not, and is left alone.
-    let settled = seen.revisions.get(&serving.revision).is_some_and(|r| r.returns_alone);
     if !settled {
         if fit(seen, serving, serving.plan.containers.keys()) != Fit::Up {
             let containers = serving.plan.containers.keys().cloned().collect();
