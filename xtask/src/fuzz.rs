@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -72,9 +74,24 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     cargo.args(["--release", "--bins"]);
     ensure!(cargo.status()?.success(), "the fuzz targets do not build");
     let chosen = |target: &&Target| options.names.is_empty() || options.names.iter().any(|name| name == target.name);
-    for target in TARGETS.iter().filter(chosen) {
-        fuzz(target, &directory().join(build.triple()).join("release").join(target.name), options.seconds)?;
-    }
+    let waiting = Mutex::new(TARGETS.iter().filter(chosen));
+    let programs = directory().join(build.triple()).join("release");
+    let turn = || -> Result<()> {
+        loop {
+            let next = waiting.lock().unwrap_or_else(PoisonError::into_inner).next();
+            let Some(target) = next else { return Ok(()) };
+            fuzz(target, &programs.join(target.name), options.seconds)?;
+        }
+    };
+    // A fuzzer keeps one processor busy. Each thread sees its fuzzers to their end, so that what is tied to it may go with it.
+    thread::scope(|scope| {
+        let threads: Vec<_> =
+            (0..thread::available_parallelism().map_or(1, usize::from)).map(|_| scope.spawn(turn)).collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|_| bail!("a fuzzer's thread panicked")))
+            .collect::<Result<()>>()
+    })?;
     Ok(ExitCode::SUCCESS)
 }
 

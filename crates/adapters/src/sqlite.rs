@@ -14,6 +14,8 @@ use replank_core::ports::{LedgerError, LogError};
 use rusqlite::{Connection, ErrorCode, OpenFlags, Transaction, TransactionBehavior};
 use tokio::sync::{mpsc, oneshot};
 
+pub use backup::{Remembered, Unforgettable};
+
 /// The file's name inside its directory. The directory is what is mounted: `-wal` and `-shm` lie beside the file.
 pub const FILE: &str = "replank.db";
 

@@ -9,7 +9,7 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use replank_adapters::ledger::sqlite::SqliteLedger;
-use replank_adapters::sqlite::{FILE, Store};
+use replank_adapters::sqlite::{FILE, Remembered, Store, Unforgettable};
 use replank_core::event::Event;
 use replank_core::fault::Fault;
 use replank_core::ports::{Clock as _, Ids as _, Ledger as _, LedgerError};
@@ -43,6 +43,8 @@ pub struct Restored {
     pub kept: Option<PathBuf>,
     /// The history that was replaced, as far as it could be read.
     pub replaced: Option<Head>,
+    /// What the replaced ledger knew beyond the backup and still holds; `None` where it could not be read.
+    pub remembered: Option<Remembered>,
 }
 
 /// Why there is no backup, or nothing was restored.
@@ -118,6 +120,7 @@ pub async fn restore(settings: &Settings, file: &Path, actor: Actor, reason: Str
     let _held = ControllerLock::take_all(&directory).map_err(in_use)?;
     let current = directory.join(FILE);
     let replaced = replaced(settings, &current, &wanted).await?;
+    let known = unforgettable(&current).await;
 
     let scratch = Scratch::make(&directory)?;
     let fresh = scratch.0.join(FILE);
@@ -127,9 +130,23 @@ pub async fn restore(settings: &Settings, file: &Path, actor: Actor, reason: Str
     if record.installation != wanted.installation {
         return Err(Failed::Refused(format!("{} changed while it was read; try again", file.display())));
     }
-    let record = told(settings, &scratch.0, file, actor, reason, replaced.clone()).await?;
+    let (record, remembered) = told(settings, &scratch.0, file, actor, reason, replaced.clone(), known).await?;
     let kept = swap(&directory, &current, &fresh)?;
-    Ok(Restored { record, kept, replaced })
+    Ok(Restored { record, kept, replaced, remembered })
+}
+
+/// What of the replaced file must not be forgotten. As a backup is read: whatever is wrong with it, it is in nobody's way.
+async fn unforgettable(current: &Path) -> Option<Unforgettable> {
+    current.symlink_metadata().ok()?;
+    let known = match Store::inspect(current.to_path_buf()).await {
+        Ok(store) => store.unforgettable().await,
+        Err(error) => Err(error),
+    };
+    known
+        .inspect_err(
+            |error| tracing::warn!(%error, "revoked tokens and pinned tags of the replaced ledger are not known"),
+        )
+        .ok()
 }
 
 /// What is in the ledger's place now. Refused where it belongs to another installation, or a controller is still there.
@@ -185,7 +202,8 @@ async fn told(
     actor: Actor,
     reason: String,
     replaced: Option<Head>,
-) -> Result<Record, Failed> {
+    known: Option<Unforgettable>,
+) -> Result<(Record, Option<Remembered>), Failed> {
     let store = Store::open(directory).await?;
     let ledger = SqliteLedger::new(store.clone(), settings.application.clone());
     let Some((record, etag)) = ledger.load().await? else {
@@ -195,8 +213,12 @@ async fn told(
     let event = Event::LedgerRestored { actor, reason, file: name, replaced };
     let commit = apply(&record, &event, SystemClock.now()).map_err(|refused| Failed::Refused(refused.to_string()))?;
     ledger.commit(Some(&etag), &commit.record, &commit.lines).await?;
+    let remembered = match known {
+        Some(known) => Some(store.remember(known).await?),
+        None => None,
+    };
     store.fold().await?;
-    Ok(commit.record)
+    Ok((commit.record, remembered))
 }
 
 /// The new file takes the place in one step; the old one has a second name by then.

@@ -16,12 +16,15 @@ use replank::system::SystemIds;
 use replank_adapters::ledger::sqlite::SqliteLedger;
 use replank_adapters::logs::sqlite::SqliteLogs;
 use replank_adapters::sqlite::Store;
+use replank_core::event::Event;
 use replank_core::fault::Fault;
+use replank_core::history::Line;
 use replank_core::image::ImageId;
 use replank_core::phase::*;
 use replank_core::policy::Policy;
 use replank_core::ports::*;
 use replank_core::record::*;
+use replank_core::transition::apply;
 use replank_core::words::*;
 use serde_json::Value;
 use support::{Hand, SHA, deployment, name, record};
@@ -152,6 +155,63 @@ impl Recipes for Nothing {
     }
 }
 
+/// The ledger, whose next answer to a commit is lost, before or after it was carried out.
+#[derive(Debug)]
+struct LosesAnAnswer {
+    ledger: Arc<dyn Ledger>,
+    lost: Mutex<Option<Lost>>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Lost {
+    Before,
+    After,
+    /// And somebody else's commit is there too by the time that anybody looks.
+    Overtaken,
+}
+
+#[async_trait]
+impl Ledger for LosesAnAnswer {
+    async fn load(&self) -> Result<Option<(Record, Etag)>, LedgerError> {
+        self.ledger.load().await
+    }
+    async fn version(&self) -> Result<Option<Etag>, LedgerError> {
+        self.ledger.version().await
+    }
+    async fn commit(&self, expected: Option<&Etag>, record: &Record, lines: &[Line]) -> Result<Etag, LedgerError> {
+        let lost = self.lost.lock().unwrap().take();
+        let Some(lost) = lost else { return self.ledger.commit(expected, record, lines).await };
+        if lost != Lost::Before {
+            let etag = self.ledger.commit(expected, record, lines).await?;
+            if lost == Lost::Overtaken {
+                let event = Event::TrackCommits { actor: alice(), on: !record.track_commits };
+                let commit = apply(record, &event, Millis(1_700_000_100_001)).unwrap();
+                self.ledger.commit(Some(&etag), &commit.record, &commit.lines).await?;
+            }
+        }
+        Err(LedgerError::Indeterminate(Fault::indeterminate("the answer was lost")))
+    }
+    async fn history(&self, from: u64, limit: usize) -> Result<Vec<Line>, LedgerError> {
+        self.ledger.history(from, limit).await
+    }
+    async fn beat(&self, presence: &Presence) -> Result<(), LedgerError> {
+        self.ledger.beat(presence).await
+    }
+    async fn presences(&self) -> Result<Vec<Presence>, LedgerError> {
+        self.ledger.presences().await
+    }
+    async fn forget(&self, controller: &ControllerId) -> Result<(), LedgerError> {
+        self.ledger.forget(controller).await
+    }
+    async fn first_seen(
+        &self,
+        tags: &[(String, CommitSha)],
+        now: Millis,
+    ) -> Result<BTreeMap<String, CommitSha>, LedgerError> {
+        self.ledger.first_seen(tags, now).await
+    }
+}
+
 struct World {
     engine: LocalEngine,
     remote: Arc<Remote>,
@@ -269,6 +329,26 @@ async fn a_commit_is_refused_with_the_reason_where_tags_must_be_signed() {
     // It needs no look at the remote, and no job was begun.
     assert_eq!(world.remote.asked(), asked);
     assert!(world.events().await.iter().all(|event| event["event"] != "start"));
+}
+
+#[tokio::test]
+async fn a_command_whose_answer_was_lost_is_not_refused_for_having_been_done() {
+    for lost in [Lost::Before, Lost::After, Lost::Overtaken] {
+        let world = World::new(confirming(), Has, None).await;
+        let ledger = Arc::new(LosesAnAnswer { ledger: world.ports.ledger.clone(), lost: Mutex::new(Some(lost)) });
+        let ports = Ports { ledger: ledger.clone(), ..world.ports.clone() };
+        let engine = LocalEngine::new(ports, world.setup.clone(), world.shared.clone());
+        let record =
+            engine.rollback(&alice(), "it is slow", false).await.map_err(|e| format!("{lost:?}: {e}")).unwrap();
+        assert_eq!(record.phase.state(), State::RollingBack, "{lost:?}");
+        assert_eq!(*ledger.lost.lock().unwrap(), None, "{lost:?}: nothing was lost");
+        let events = world.events().await;
+        let begun = events.iter().filter(|event| event["event"] == "rollback_start").count();
+        assert_eq!(begun, 1, "{lost:?}: {events:?}");
+        // A second click is one, and refused.
+        let again = engine.rollback(&alice(), "it is slow", false).await.unwrap_err();
+        assert!(matches!(again, Refusal::Conflict(_)), "{lost:?}: {again}");
+    }
 }
 
 #[tokio::test]

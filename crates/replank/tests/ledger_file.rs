@@ -17,7 +17,7 @@ use replank_core::event::Event;
 use replank_core::ports::{Clock as _, Ledger as _, Presence};
 use replank_core::record::{Actor, ControllerId};
 use replank_core::transition::apply;
-use replank_core::words::{AppName, Millis};
+use replank_core::words::{AppName, CommitSha, Millis};
 use serde_json::Value;
 
 struct Home(tempfile::TempDir);
@@ -172,7 +172,10 @@ fn a_restore_says_so_in_the_history_and_keeps_what_it_replaced() {
     let before = home.ledger();
     let shown = home.well(&["ledger", "restore", "copy.db", "--reason", "the disk failed"]);
     assert!(shown.contains("2 events since the backup are only in the file that was replaced"), "{shown}");
-    assert!(shown.contains("token list"), "{shown}");
+    // Who was shut out since the backup stays out.
+    assert!(shown.contains("1 token revoked and 0 tags seen since the backup"), "{shown}");
+    let first = home.json(&["token", "list"])["tokens"][0].clone();
+    assert!(first["name"] == "first" && first["revoked_at"].is_string(), "{first}");
     let events = home.events();
     let last = events.last().unwrap();
     assert_eq!(events.len(), 2);
@@ -196,6 +199,37 @@ fn a_restore_says_so_in_the_history_and_keeps_what_it_replaced() {
     home.well(&["ledger", "restore", kept[0].to_str().unwrap()]);
     assert_eq!(home.events().len(), 4);
     assert!(before.iter().filter(|part| part.starts_with(b"{\"ts\"")).all(|line| home.ledger().contains(line)));
+}
+
+#[tokio::test]
+async fn a_tag_that_was_seen_since_the_backup_stays_pinned() {
+    let home = Home::new();
+    let (one, two) = (CommitSha::new("1".repeat(40)).unwrap(), CommitSha::new("2".repeat(40)).unwrap());
+    let pinned = async |tag: &str, sha: &CommitSha| {
+        let ledger = SqliteLedger::new(Store::open(home.path("ledger")).await.unwrap(), AppName::new("shop").unwrap());
+        ledger.first_seen(&[(tag.to_owned(), sha.clone())], SystemClock.now()).await.unwrap()[tag].clone()
+    };
+    let restored = || {
+        // The thread that had the ledger open ends by itself.
+        for _ in 0..50 {
+            let out = home.run(&["ledger", "restore", "copy.db", "--json"]);
+            if out.status.success() {
+                return serde_json::from_slice::<Value>(&out.stdout).unwrap();
+            }
+            assert!(text(&out.stderr).contains("another process"), "{}", text(&out.stderr));
+            std::thread::sleep(std::time::Duration::from_millis(100));
+        }
+        panic!("it is never restored");
+    };
+    assert_eq!(pinned("refs/tags/v1.0.0", &one).await, one);
+    home.well(&["ledger", "backup", "copy.db"]);
+    assert_eq!(pinned("refs/tags/v1.1.0", &one).await, one);
+    assert_eq!(restored()["still_pinned"], 1);
+    // Moved in the meantime: refused as before.
+    assert_eq!(pinned("refs/tags/v1.1.0", &two).await, one);
+    assert_eq!(pinned("refs/tags/v1.0.0", &two).await, one);
+    fs::write(home.path("ledger/replank.db"), "nothing that can be read").unwrap();
+    assert!(restored()["still_pinned"].is_null());
 }
 
 #[test]

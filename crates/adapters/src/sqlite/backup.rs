@@ -7,11 +7,63 @@ use std::path::{Path, PathBuf};
 
 use replank_core::fault::Fault;
 use replank_core::ports::LedgerError;
-use rusqlite::{Connection, OpenFlags};
+use rusqlite::{Connection, OpenFlags, params};
 
-use super::{APPLICATION_ID, Failed, SCHEMA, Stage, Store, classify, damaged};
+use super::{APPLICATION_ID, Failed, SCHEMA, Stage, Store, classify, damaged, read, write};
+
+/// What only ever grows, and must outlive a ledger that is put back: the commit that each tag was first seen at, and which
+/// tokens were revoked.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Unforgettable {
+    /// Application, tag, commit, time.
+    pins: Vec<(String, String, String, i64)>,
+    /// Id and time.
+    revoked: Vec<(String, i64)>,
+}
+
+/// How much of it was news to the ledger that it was told to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Remembered {
+    pub pins: usize,
+    pub revoked: usize,
+}
 
 impl Store {
+    /// Of every application in the file.
+    pub async fn unforgettable(&self) -> Result<Unforgettable, LedgerError> {
+        self.call(|connection| {
+            read(connection, |tx| {
+                let mut pins = tx.prepare("SELECT app, tag, sha, at FROM first_seen")?;
+                let pins = pins.query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?)))?;
+                let mut revoked = tx.prepare("SELECT id, revoked_at FROM token WHERE revoked_at IS NOT NULL")?;
+                let revoked = revoked.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?;
+                Ok(Unforgettable { pins: pins.collect::<Result<_, _>>()?, revoked: revoked.collect::<Result<_, _>>()? })
+            })
+        })
+        .await
+    }
+
+    /// Adds what is not known. What is known stays: a pin of its own is the older one.
+    pub async fn remember(&self, what: Unforgettable) -> Result<Remembered, LedgerError> {
+        self.call(move |connection| {
+            write(connection, |tx| {
+                let mut news = Remembered::default();
+                let mut pin = tx.prepare(
+                    "INSERT INTO first_seen (app, tag, sha, at) VALUES (?1, ?2, ?3, ?4) ON CONFLICT DO NOTHING",
+                )?;
+                for (app, tag, sha, at) in &what.pins {
+                    news.pins += pin.execute(params![app, tag, sha, at])?;
+                }
+                let mut revoke = tx.prepare("UPDATE token SET revoked_at = ?2 WHERE id = ?1 AND revoked_at IS NULL")?;
+                for (id, at) in &what.revoked {
+                    news.revoked += revoke.execute(params![id, at])?;
+                }
+                Ok(news)
+            })
+        })
+        .await
+    }
+
     /// Writes a consistent copy to `to`, a new file of mode 0600, while others go on reading and writing. Answers its size.
     /// `Unavailable` where the file exists or cannot be made; then nothing is left behind.
     pub async fn backup(&self, to: PathBuf) -> Result<u64, LedgerError> {

@@ -11,6 +11,7 @@ use super::commands::{Done, Run};
 use super::failure::{Code, Failure};
 use super::{Reason, plain, show, tokens};
 use crate::ledger_file::{self, Failed};
+use replank_adapters::sqlite::Remembered;
 
 #[derive(Debug, Subcommand)]
 pub enum LedgerCommand {
@@ -26,7 +27,8 @@ pub enum LedgerCommand {
     ///
     /// The backup is verified before anything is touched: that it is whole, of this application and installation, readable by
     /// this Replank, and its history consistent with its anchor. What it replaces is kept beside it, and the history says who
-    /// restored what, and why. Tokens that were revoked since the backup open again: look at `replank token list`.
+    /// restored what, and why. Tokens that were revoked since the backup stay revoked, and tags that were seen since then stay
+    /// pinned to their commits, as long as the replaced ledger can be read; else look at `replank token list`.
     #[command(
         after_help = "Example:\n  docker stop $(docker ps -q --filter name=-controller)\n  replank ledger restore /backup/shop-2026-01-31.db --reason \"the disk failed\""
     )]
@@ -57,7 +59,9 @@ impl Run<'_> {
                 let done = ledger_file::restore(&settings, &file, actor, reason).await.map_err(failure)?;
                 let state = done.record.phase.state();
                 let shown = json!({ "file": file, "history": done.record.history, "state": state.name(),
-                    "kept": done.kept, "replaced": done.replaced });
+                    "kept": done.kept, "replaced": done.replaced,
+                    "still_revoked": done.remembered.map(|news| news.revoked),
+                    "still_pinned": done.remembered.map(|news| news.pins) });
                 self.print(&shown, |out, _| {
                     writeln!(out, "restored from {}: {}", file.display(), head(&done.record))?;
                     if let Some(kept) = &done.kept {
@@ -77,7 +81,18 @@ impl Run<'_> {
                             state.name()
                         )?;
                     }
-                    writeln!(out, "look at `replank token list`: what was revoked since the backup opens again")
+                    match done.remembered {
+                        Some(Remembered { pins: 0, revoked: 0 }) => Ok(()),
+                        Some(Remembered { pins, revoked }) => {
+                            let (tokens, tags) = (show::count(revoked, "token"), show::count(pins, "tag"));
+                            writeln!(out, "{tokens} revoked and {tags} seen since the backup: they stay revoked, and pinned")
+                        }
+                        None => writeln!(
+                            out,
+                            "what it replaced cannot be read: tokens that were revoked since the backup open again, so look at \
+                             `replank token list`"
+                        ),
+                    }
                 })
             }
         }

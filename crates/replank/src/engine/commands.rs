@@ -10,7 +10,7 @@ use replank_core::event::Event;
 use replank_core::history::Line;
 use replank_core::image::ImageId;
 use replank_core::ports::{EscapeHatch, LedgerError, LogId};
-use replank_core::record::{Actor, Job, Latest, Quarantined, Record};
+use replank_core::record::{Actor, Head, Job, Latest, Quarantined, Record};
 use replank_core::transition::{Refused, apply_as, readable_to};
 use replank_core::words::{CommitSha, ComponentName, IdempotencyKey, JobId, Millis, Nonce, Version};
 use tokio::sync::watch;
@@ -64,21 +64,31 @@ impl LocalEngine {
                 Err(record) => return Ok(record),
             };
             let commit = apply_as(&record, &event, self.ports.clock.now(), self.setup.reads_format).map_err(refusal)?;
-            match self.ports.ledger.commit(Some(&etag), &commit.record, &commit.lines).await {
-                Ok(_) => {
-                    if commit.record.phase.state() != record.phase.state() {
-                        self.shared.entered();
-                    }
-                    self.shared.record_changed();
-                    self.shared.woken();
-                    return Ok(commit.record);
-                }
-                // What came of an unknown commit shows in the next load: the event is then refused, or found done.
-                Err(LedgerError::Conflict | LedgerError::Indeterminate(_)) => {}
+            let landed = match self.ports.ledger.commit(Some(&etag), &commit.record, &commit.lines).await {
+                Ok(_) => true,
+                Err(LedgerError::Conflict) => false,
+                // Nobody is told that his own click, which counted, is refused since it was made already.
+                Err(LedgerError::Indeterminate(_)) => self.holds(&commit.record.history, &commit.lines).await?,
                 Err(error) => return Err(unavailable(&error)),
+            };
+            if landed {
+                if commit.record.phase.state() != record.phase.state() {
+                    self.shared.entered();
+                }
+                self.shared.record_changed();
+                self.shared.woken();
+                return Ok(commit.record);
             }
         }
         Err(Refusal::Unavailable("the record changes faster than this request can follow; try again".to_owned()))
+    }
+
+    /// Whether the history holds these lines, which end at `head`. Each is chained to all before it, so that nobody else's can
+    /// be taken for them.
+    async fn holds(&self, head: &Head, lines: &[Line]) -> Result<bool, Refusal> {
+        let Some(last) = lines.last().filter(|last| last.seq + 1 == head.count) else { return Ok(false) };
+        let found = self.ports.ledger.history(last.seq, 1).await.map_err(|e| unavailable(&e))?;
+        Ok(found.first().is_some_and(|line| line == last))
     }
 
     async fn load(&self) -> Result<(Record, replank_core::ports::Etag), Refusal> {
