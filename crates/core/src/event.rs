@@ -45,6 +45,12 @@ pub enum Event {
         commit: CommitSha,
         reason: String,
     },
+    /// An upgrade may start although what runs is not what was recorded: exactly these differences, and no others.
+    DriftAccepted {
+        actor: Actor,
+        reason: String,
+        what: Vec<String>,
+    },
     Kept {
         actor: Actor,
         #[serde(default)]
@@ -140,6 +146,10 @@ pub enum Event {
         /// Which of them are gone; empty where all are there and protected.
         lost: String,
     },
+    /// At rest: what runs differs from what was recorded, and has for a while; or no longer does, where nothing is named.
+    DriftSeen {
+        what: Vec<String>,
+    },
     /// At rest: the snapshot's time is over, or it can no longer be restored.
     SnapshotDropped {
         why: String,
@@ -160,6 +170,7 @@ impl Event {
             Self::Cancelled { .. } => "cancelled",
             Self::Reset { .. } => "reset",
             Self::QuarantineLifted { .. } => "quarantine_lifted",
+            Self::DriftAccepted { .. } => "drift_accepted",
             Self::Kept { .. } => "kept",
             Self::TrackCommits { .. } => "track_commits",
             Self::TokenChanged { .. } => "token_changed",
@@ -189,6 +200,8 @@ impl Event {
             Self::ProvedServes { .. } => "proved_serves",
             Self::WayBackProved { lost } if lost.is_empty() => "way_back_proved",
             Self::WayBackProved { .. } => "way_back_lost",
+            Self::DriftSeen { what } if what.is_empty() => "drift_gone",
+            Self::DriftSeen { .. } => "drift_seen",
             Self::SnapshotDropped { .. } => "snapshot_dropped",
             Self::PurgeTried { .. } => "orphan_purge_attempt",
         }

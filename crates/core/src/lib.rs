@@ -9,6 +9,7 @@ mod aftermath;
 pub mod check;
 pub mod data;
 pub mod decide;
+pub mod drift;
 pub mod event;
 pub mod fault;
 pub mod format;

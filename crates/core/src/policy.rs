@@ -74,6 +74,8 @@ pub struct Policy {
     pub prove_every: u64,
     /// Time between observations at rest.
     pub observe_at_rest: u64,
+    /// How long what runs has to differ from what was recorded before it is told: longer than a container takes to restart.
+    pub drift_after: u64,
 }
 
 impl Default for Policy {
@@ -100,6 +102,7 @@ impl Default for Policy {
             change: 1_500 * SECOND,
             prove_every: 100,
             observe_at_rest: 15 * SECOND,
+            drift_after: 30 * SECOND,
         }
     }
 }

@@ -6,6 +6,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::data::{DataPlan, StepState};
+use crate::drift::Drift;
 use crate::image::{ImageId, Images};
 use crate::phase::{BuiltOnly, Mode, Phase};
 use crate::words::{
@@ -298,6 +299,9 @@ pub struct Record {
     /// What is still to be removed from the registry.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub orphans: Vec<Orphan>,
+    /// At rest: how what runs differs from `running`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drift: Option<Drift>,
     pub history: Head,
     pub updated_at: Millis,
     #[serde(flatten)]
@@ -309,6 +313,29 @@ impl Record {
     pub fn is_behind(&self, version: &Version, own: Option<&Version>) -> bool {
         let running = self.running.as_ref().map(|running| &running.version).or(own);
         running.is_none_or(|running| version.base() > running.base())
+    }
+
+    /// What serves at rest, where it was proved and no failure is held: what has to run, and nothing else.
+    pub fn proved_and_serving(&self) -> Option<&Deployment> {
+        match self.phase {
+            Phase::Succeeded { .. } | Phase::FailedPre { .. } | Phase::RolledBack { .. } => {
+                let is_proved = |serving: &&Deployment| {
+                    self.running.as_ref().is_some_and(|running| running.revision == serving.revision)
+                };
+                self.serving.as_ref().filter(is_proved)
+            }
+            Phase::Idle
+            | Phase::Queued
+            | Phase::Fetching
+            | Phase::Building(_)
+            | Phase::Patching(_)
+            | Phase::RollingOut(_)
+            | Phase::Validating(_)
+            | Phase::Confirming(_)
+            | Phase::FailedRollout { .. }
+            | Phase::RollingBack(_)
+            | Phase::RollbackFailed { .. } => None,
+        }
     }
 
     /// The record of an application of which nothing is known yet.
@@ -331,6 +358,7 @@ impl Record {
             snapshot: None,
             quarantine: BTreeMap::new(),
             orphans: Vec::new(),
+            drift: None,
             history: Head::default(),
             updated_at: now,
             extra: BTreeMap::new(),

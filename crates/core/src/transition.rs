@@ -6,6 +6,7 @@ use serde_json::json;
 
 use crate::aftermath::{new_head, new_release, orphans_of, quarantine, reusable};
 use crate::data::{StepState, closed, closed_for};
+use crate::drift::Drift;
 use crate::event::Event;
 use crate::fault::Told;
 use crate::history::{Audit, Line, seal};
@@ -34,6 +35,12 @@ pub enum Refused {
     Unreadable { version: Version, reads: u32, needs: u32 },
     #[error("commit {} ({version}) is quarantined since it failed: {reason}; start it with the override if you mean it", commit.short())]
     Quarantined { commit: CommitSha, version: String, reason: String },
+    #[error(
+        "what runs is not what was recorded ({what}): put it right, or accept it as it is (`replank drift --accept`), and start again"
+    )]
+    Drifted { what: String },
+    #[error("what runs differs in another way by now, or no longer does: look at it again, and accept that")]
+    OtherDrift,
     #[error("'{event}' does not fit the job: {why}")]
     Inconsistent { event: &'static str, why: &'static str },
 }
@@ -48,6 +55,9 @@ pub fn next(record: &Record, event: &Event, now: Millis) -> Result<Phase, Refuse
         Event::Start { job, override_quarantine } => {
             if from.in_flight() {
                 return Err(Refused::InFlight { from });
+            }
+            if let Some(drift) = record.drift.as_ref().filter(|drift| !drift.accepted && !job.build_only) {
+                return Err(Refused::Drifted { what: drift.brief() });
             }
             match record.quarantine.get(&job.target.commit) {
                 Some(q) if !override_quarantine => Err(Refused::Quarantined {
@@ -110,6 +120,11 @@ pub fn next(record: &Record, event: &Event, now: Millis) -> Result<Phase, Refuse
         }
         Event::QuarantineLifted { commit, .. } if record.quarantine.contains_key(commit) => Ok(phase),
         Event::QuarantineLifted { .. } => Err(odd("that commit is not quarantined")),
+        Event::DriftAccepted { .. } if from.in_flight() => Err(Refused::InFlight { from }),
+        Event::DriftAccepted { what, .. } => match &record.drift {
+            Some(drift) if drift.what == *what => Ok(phase),
+            Some(_) | None => Err(Refused::OtherDrift),
+        },
         Event::Kept { .. } => match phase {
             Phase::Confirming(Confirming { swap, deadline: Some(_), flip: None }) => {
                 Ok(Phase::Confirming(Confirming { swap, deadline: Some(now), flip: None }))
@@ -300,6 +315,7 @@ pub fn next(record: &Record, event: &Event, now: Millis) -> Result<Phase, Refuse
         Event::RepairIntended { .. }
         | Event::ProvedServes { .. }
         | Event::WayBackProved { .. }
+        | Event::DriftSeen { .. }
         | Event::SnapshotDropped { .. }
         | Event::PurgeTried { .. } => {
             if from.in_flight() {
@@ -444,6 +460,15 @@ pub fn apply_as(record: &Record, event: &Event, now: Millis, reads: u32) -> Resu
                 .with("version", version)
                 .with("sha", commit.as_str());
         }
+        Event::DriftAccepted { actor, reason, what } => {
+            if let Some(drift) = &mut new.drift {
+                drift.accepted = true;
+            }
+            audit = Audit::new(now, None, event.name())
+                .with("actor", json!(actor))
+                .with("reason", reason.clone())
+                .with("what", json!(what));
+        }
         Event::TrackCommits { actor, on } => {
             new.track_commits = *on;
             audit = audit.with("actor", json!(actor)).with("on", *on);
@@ -509,6 +534,8 @@ pub fn apply_as(record: &Record, event: &Event, now: Millis, reads: u32) -> Resu
                 WayBack::Snapshot(s) => Some((**s).clone()),
                 WayBack::FirstDeployment => None,
             };
+            // From here on what runs is this job's business; what is left of it afterwards is seen anew.
+            new.drift = None;
             audit = audit.with("revision", to.revision.as_str()).with("commands", json!(escape_hatch));
         }
         Event::StepIntended { step } | Event::StepDone { step } => {
@@ -554,6 +581,10 @@ pub fn apply_as(record: &Record, event: &Event, now: Millis, reads: u32) -> Resu
             if !lost.is_empty() {
                 audit = audit.with("why", lost.clone());
             }
+        }
+        Event::DriftSeen { what } => {
+            new.drift = (!what.is_empty()).then(|| Drift { what: what.clone(), since: now, accepted: false });
+            audit = Audit::new(now, None, event.name()).with("what", json!(what));
         }
         Event::SnapshotDropped { why } => {
             new.snapshot = None;

@@ -76,6 +76,7 @@ fn events(record: &Record) -> Vec<Event> {
         Event::Reset { actor: actor(), reason: String::new() },
         Event::Kept { actor: actor(), reason: String::new() },
         Event::QuarantineLifted { actor: actor(), commit: sha('2'), reason: String::new() },
+        Event::DriftAccepted { actor: actor(), reason: String::new(), what: vec!["container app is gone".to_owned()] },
         Event::TrackCommits { actor: actor(), on: false },
         Event::TokenChanged {
             actor: actor(),
@@ -110,6 +111,7 @@ fn events(record: &Record) -> Vec<Event> {
         Event::RepairIntended { why: String::new() },
         Event::ProvedServes { why: String::new() },
         Event::WayBackProved { lost: String::new() },
+        Event::DriftSeen { what: vec![] },
         Event::SnapshotDropped { why: String::new() },
         Event::PurgeTried { removed: vec![], why: String::new() },
     ];
@@ -122,6 +124,7 @@ fn events(record: &Record) -> Vec<Event> {
             | Event::Reset { .. }
             | Event::Kept { .. }
             | Event::QuarantineLifted { .. }
+            | Event::DriftAccepted { .. }
             | Event::TrackCommits { .. }
             | Event::TokenChanged { .. }
             | Event::LedgerRestored { .. }
@@ -149,6 +152,7 @@ fn events(record: &Record) -> Vec<Event> {
             | Event::RepairIntended { .. }
             | Event::ProvedServes { .. }
             | Event::WayBackProved { .. }
+            | Event::DriftSeen { .. }
             | Event::SnapshotDropped { .. }
             | Event::PurgeTried { .. } => {}
         }

@@ -435,7 +435,7 @@ fn whom_to_tell_is_checked_by_its_spelling() {
     let settings =
         hook("https://hooks.example.org/x?token=y", "secret_env = \"S\"\nevents = [\"held\", \"succeeded\"]").unwrap();
     assert_eq!((settings.webhooks.len(), settings.webhooks[0].events.len()), (1, 2));
-    assert_eq!(hook("https://hooks.example.org/", "secret_file = \"s\"").unwrap().webhooks[0].events.len(), 8, "all");
+    assert_eq!(hook("https://hooks.example.org/", "secret_file = \"s\"").unwrap().webhooks[0].events.len(), 9, "all");
     hook("http://127.0.0.1:9/", "secret_env = \"S\"\nallow_loopback = true").unwrap();
     for (url, more, expect) in [
         ("http://hooks.example.org/", "secret_env = \"S\"", "number 1: its URL is not https"),

@@ -6,7 +6,7 @@ use std::time::Duration;
 use replank::engine::LocalEngine;
 use replank::engine::api::{Engine as _, Refusal, StartRequest};
 use replank_core::record::{Actor, Record};
-use replank_core::words::{RevisionId, Version};
+use replank_core::words::{ContainerName, RevisionId, Version};
 use tokio::time::{sleep, timeout};
 
 use crate::world::World;
@@ -72,6 +72,39 @@ fn told(answer: &Result<Record, Refusal>) -> String {
         Ok(record) => record.phase.state().name().to_owned(),
         Err(refusal) => refusal.to_string(),
     }
+}
+
+/// At rest, a container is stopped by hand. That has to be told, and to keep upgrades from starting; then it is put right, or
+/// accepted as it is. What is still stopped then is answered.
+pub(crate) async fn drifts(world: &Arc<World>) -> Option<(RevisionId, ContainerName)> {
+    let record = || world.state().ledger.record.clone();
+    // What was accepted may have been put right a moment ago, and then nothing new is told of the same.
+    record().filter(|record| record.drift.is_none())?.proved_and_serving()?;
+    let stopped = platform::stop_by_hand(&mut world.state())?;
+    world.tell(|| format!("carol stops {} of {}", stopped.1, stopped.0));
+    let until = async |wanted: bool, what: &str| {
+        for _ in 0..120 {
+            if record().is_some_and(|record| record.drift.is_some() == wanted) {
+                return;
+            }
+            sleep(Duration::from_secs(1)).await;
+        }
+        world.violated(what.to_owned());
+    };
+    until(true, "a container that was stopped by hand is never told").await;
+    let request = StartRequest { confirm_downtime: true, override_quarantine: true, ..StartRequest::default() };
+    if let Some(Ok(_)) = ask(world, async |engine| engine.start(&actor("alice"), request).await).await {
+        world.violated("an upgrade starts from what was never recorded".to_owned());
+    }
+    if world.state().rng.bool() {
+        platform::start_by_hand(world, &stopped);
+        until(false, "a container that was started again is told as stopped").await;
+        return None;
+    }
+    let what = record()?.drift.clone().map(|drift| drift.what).unwrap_or_default();
+    let accepted = ask(world, async |engine| engine.accept_drift(&actor("carol"), &what, "on purpose").await).await;
+    world.tell(|| format!("carol accepts {what:?}: {:?}", accepted.as_ref().map(told)));
+    Some(stopped)
 }
 
 /// What an operator may do while a job runs.

@@ -287,6 +287,39 @@ fn stop<'a>(state: &mut State, id: &RevisionId, names: impl Iterator<Item = &'a 
     }
 }
 
+/// Somebody stops a container of what serves, by hand. As an engine has it: it returns with the machine, and not by itself.
+pub(crate) fn stop_by_hand(state: &mut State) -> Option<(RevisionId, ContainerName)> {
+    let id = state.platform.traffic.clone()?;
+    let revision = state.platform.revisions.get_mut(&id)?;
+    let (name, there) = revision.containers.iter_mut().find(|(_, c)| c.running && !c.controller)?;
+    (there.running, there.exit_code) = (false, Some(0));
+    // Whatever it was to do by itself is of no interest any more.
+    there.started += 1;
+    Some((id, name.clone()))
+}
+
+/// ... and starts it again, unless something else serves by now or it runs already.
+pub(crate) fn start_by_hand(world: &Arc<World>, (id, name): &(RevisionId, ContainerName)) {
+    let mut state = world.state();
+    let there = state.platform.revisions.get(id).and_then(|revision| revision.containers.get(name));
+    if state.platform.traffic.as_ref() == Some(id) && there.is_some_and(|c| !c.running) {
+        run(world, &mut state, id, name);
+    }
+}
+
+/// Somebody starts the controller of what serves, which nothing else would start again.
+pub(crate) fn start_controller_by_hand(world: &Arc<World>) {
+    let state = world.state();
+    let Some(id) = state.platform.traffic.clone() else { return };
+    let containers = state.platform.revisions.get(&id).map(|revision| &revision.containers);
+    let controller = containers.and_then(|all| all.iter().find(|(_, c)| c.controller)).map(|(name, _)| name.clone());
+    drop(state);
+    if let Some(name) = controller {
+        world.tell(|| format!("carol starts {name} of {id}"));
+        start_by_hand(world, &(id, name));
+    }
+}
+
 /// Power goes and comes back: what returns alone runs again, and the proxy serves its fallback.
 pub(crate) fn reboot(world: &Arc<World>) {
     let now = world.now();

@@ -11,7 +11,7 @@ use replank_core::words::{AppName, Nonce, OpKey, RevisionId};
 use tokio::time::sleep;
 
 use crate::chance::{Health, Rates};
-use crate::operators::{start, trouble};
+use crate::operators::{drifts, start, trouble};
 use crate::platform::{Container, Revision};
 use crate::ports::{Door, push};
 use crate::world::{Mutant, World, component, container, installation};
@@ -113,6 +113,7 @@ fn begin(world: &Arc<World>) {
 
 /// One job under trouble, and what it left. The name of the state it ended in; none where it could not be begun.
 async fn job(world: &Arc<World>) -> Option<&'static str> {
+    let stopped = if world.state().rng.u32(0..8) == 0 { drifts(world).await } else { None };
     let (version, rates, second, meddling) = {
         let mut state = world.state();
         let health = Health::draw(&mut state.rng);
@@ -138,11 +139,22 @@ async fn job(world: &Arc<World>) -> Option<&'static str> {
     }
     disturbance.abort();
     calm(world);
+    if let Some(stopped) = stopped {
+        platform::start_by_hand(world, &stopped);
+    }
     if let Some(rival) = rival {
         begun |= rival.await.unwrap_or(false);
     }
     let stuck_at = world.now().plus(STUCK);
+    let mut alone_since = None;
     loop {
+        // What was never proved does not return by itself, so bad luck can take the last controller that there is. Somebody
+        // who looks at the machine starts what serves again; nothing else is asked of him.
+        if !world.state().processes.is_empty() {
+            alone_since = None;
+        } else if world.now().since(*alone_since.get_or_insert_with(|| world.now())) >= NOBODY {
+            platform::start_controller_by_hand(world);
+        }
         let record = world.state().ledger.record.clone();
         if record.is_none_or(|record| !record.phase.state().in_flight()) {
             break;
@@ -174,6 +186,9 @@ fn calm(world: &World) {
     }
     world_note(&mut state, "calm");
 }
+
+/// So long without any controller is not a restart that is on its way, in milliseconds.
+const NOBODY: u64 = 60_000;
 
 /// Looks until everything fits. What still does not in the end is a violation.
 async fn comes_to_order(world: &World) {

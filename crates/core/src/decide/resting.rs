@@ -59,6 +59,10 @@ pub(super) fn decide(view: &View<'_>) -> Decision {
         }
         return prove(view).unwrap_or_else(|| rest("held as it stands until an operator decides"));
     }
+    // Told before it is mended, as what is mended may be a hand that has its reasons.
+    if let Some(what) = view.streaks.drift.news(record.drift.as_ref(), view.now, view.policy.drift_after) {
+        return Decision::Record(Event::DriftSeen { what: what.to_vec() });
+    }
     // A late stop takes the reboot policy away; an operator's own stop does not, and is left alone.
     if !settled {
         if fit(seen, serving, serving.plan.containers.keys()) != Fit::Up {
@@ -79,7 +83,10 @@ pub(super) fn decide(view: &View<'_>) -> Decision {
     if let Some(event) = forget_snapshot(view) {
         return Decision::Record(event);
     }
-    housekeeping(view).unwrap_or_else(|| rest("at rest"))
+    housekeeping(view).unwrap_or_else(|| match view.streaks.drift.is_pending(record.drift.as_ref()) {
+        true => look_again(view, "what runs is not what was recorded, and may be again in a moment".to_owned()),
+        false => rest("at rest"),
+    })
 }
 
 /// Promise 4: what a rollback needs is proved to be there daily, before somebody needs it at night.

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 
+use crate::drift::{self, Lasting};
 use crate::policy::Policy;
 use crate::ports::{Ask, Observation, Probed};
-use crate::record::Deployment;
+use crate::record::{Deployment, Record};
 use crate::swap::{Fit, fit, fit_to_serve};
 use crate::words::{Millis, RevisionId};
 
@@ -15,6 +16,8 @@ pub struct Streaks {
     /// The same, by those containers alone that may overlap: what a side that made room for another still has.
     warm: BTreeMap<RevisionId, Streak>,
     through: BTreeMap<RevisionId, Streak>,
+    /// At rest: how what serves differs from what was recorded.
+    pub(super) drift: Lasting,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
@@ -84,6 +87,14 @@ impl Streaks {
                 None => Probed::Failed("traffic goes nowhere".to_owned()),
             };
             self.through.entry(id.clone()).or_default().see(&probed, seen.at, policy);
+        }
+    }
+
+    /// Counts one observation at rest.
+    pub fn see_at_rest(&mut self, record: &Record, seen: &Observation) {
+        match record.proved_and_serving() {
+            Some(serving) => self.drift.see(drift::of(serving, seen), seen.at),
+            None => self.drift = Lasting::default(),
         }
     }
 

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod data;
+mod drift;
 mod resting;
 mod scene;
 #[path = "../support/mod.rs"]

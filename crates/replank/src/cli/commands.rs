@@ -17,7 +17,9 @@ use super::failure::{Code, Failure};
 use super::plain::{self, Lines};
 use super::show::{self, Style};
 use super::watch::{Face, at_rest, watch};
-use super::{Because, Command, Global, Logs, QuarantineArgs, RoleArg, RollbackArgs, Start, TokenCommand, Wait, tokens};
+use super::{
+    Because, Command, DriftArgs, Global, Logs, QuarantineArgs, RoleArg, RollbackArgs, Start, TokenCommand, Wait, tokens,
+};
 use crate::config::env::Environment;
 use crate::config::{FILE, Settings};
 use crate::http::row::Row;
@@ -54,6 +56,7 @@ pub async fn run(command: Command, global: Global, env: &Environment) -> Done {
         Command::Confirm(args) => run.row("/api/upgrade/confirm", reason(args.reason)).await,
         Command::Reset(args) => run.row("/api/upgrade/reset", json!({ "reason": args.reason })).await,
         Command::Quarantine(args) => run.quarantine(args).await,
+        Command::Drift(args) => run.drift(args).await,
         Command::Logs(args) => run.logs(args).await,
         Command::History(args) if args.verify => run.verify().await,
         Command::History(args) if args.refusals => run.refusals(args.limit).await,
@@ -281,6 +284,21 @@ impl Run<'_> {
         }
         let found: Value = self.client()?.get(PATH).await?;
         self.print(&found, |out, style| show::quarantine(out, &found, style))
+    }
+
+    /// What is accepted is what was just shown: the service refuses it where something else differs by then.
+    async fn drift(&self, args: DriftArgs) -> Done {
+        let client = self.client()?;
+        let row: Row = client.get("/api/upgrade/status").await?;
+        let row = match args.accept {
+            true if row.drift.is_empty() => {
+                return Err(Failure::new(Code::Refused, "what runs is what was recorded: there is nothing to accept"));
+            }
+            true => client.post("/api/upgrade/drift", &json!({ "accept": row.drift, "reason": args.reason })).await?,
+            false => row,
+        };
+        let value = json!({ "drift": row.drift, "since": row.drift_since, "accepted": row.drift_accepted });
+        self.print(&value, |out, style| show::drift(out, &row, style))
     }
 
     async fn because(&self, path: &str, args: Because, expect: &str) -> Done {

@@ -29,7 +29,7 @@ Exit codes:
   0    done
   1    the job ended failed, or something broke here
   2    wrong usage or configuration
-  3    refused: wrong state, nothing newer, quarantined, asked too soon
+  3    refused: wrong state, nothing newer, quarantined, drifted, asked too soon
   4    the service cannot be reached, or cannot answer now
   5    not signed in, or not allowed
   6    timed out while watching; the job goes on
@@ -125,6 +125,11 @@ pub enum Command {
         after_help = "Examples:\n  replank quarantine\n  replank quarantine --lift 1.4.0 --reason \"it was the registry, not the release\""
     )]
     Quarantine(QuarantineArgs),
+    /// Show how what runs differs from what was recorded, or accept it as it is so that an upgrade can start.
+    #[command(
+        after_help = "Examples:\n  replank drift\n  replank drift --accept --reason \"the worker is stopped until the queue is mended\""
+    )]
+    Drift(DriftArgs),
     /// Print a component's build log.
     Logs(Logs),
     /// Show what happened, check that nobody edited it, or show what was refused.
@@ -266,6 +271,16 @@ pub struct QuarantineArgs {
     pub lift: Option<String>,
     /// Why, for the history; at most 280 characters
     #[arg(long, requires = "lift")]
+    pub reason: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct DriftArgs {
+    /// Let upgrades start all the same: what differs now, and nothing that differs later
+    #[arg(long, requires = "reason")]
+    pub accept: bool,
+    /// Why, for the history; at most 280 characters
+    #[arg(long, requires = "accept")]
     pub reason: Option<String>,
 }
 

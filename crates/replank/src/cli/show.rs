@@ -148,6 +148,10 @@ pub fn status(out: &mut dyn Write, row: &Row, style: &Style) -> io::Result<()> {
     if !row.next_deadline.is_empty() {
         say("until", style.time(&row.next_deadline))?;
     }
+    for (at, sentence) in row.drift.iter().enumerate() {
+        let accepted = if row.drift_accepted { " (accepted)" } else { "" };
+        say(if at == 0 { "drift" } else { "" }, format!("{}{accepted}", clean(sentence)))?;
+    }
     if !row.rollback_available_until.is_empty() {
         say("rollback", format!("possible until {}", style.time(&row.rollback_available_until)))?;
     }
@@ -201,6 +205,21 @@ pub fn quarantine(out: &mut dyn Write, found: &Value, style: &Style) -> io::Resu
     let mut rows = vec![["VERSION", "COMMIT", "SINCE", "WHY"].map(str::to_owned).to_vec()];
     rows.extend(entries.iter().map(row));
     table(out, &rows)
+}
+
+pub fn drift(out: &mut dyn Write, row: &Row, style: &Style) -> io::Result<()> {
+    if row.drift.is_empty() {
+        return writeln!(out, "what runs is what was recorded");
+    }
+    writeln!(out, "what runs is not what was recorded, since {}:", style.time(&row.drift_since))?;
+    for sentence in &row.drift {
+        writeln!(out, "  {}", plain::line(sentence, false))?;
+    }
+    if row.drift_accepted {
+        writeln!(out, "accepted: an upgrade may start, and makes everything what was chosen")
+    } else {
+        writeln!(out, "no upgrade starts until it is put right, or accepted with `replank drift --accept --reason WHY`")
+    }
 }
 
 pub fn refusals(out: &mut dyn Write, refusals: &[Value], style: &Style) -> io::Result<()> {

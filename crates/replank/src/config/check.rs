@@ -449,6 +449,7 @@ fn policy(
             )),
         }
     }
+    seconds(doc, &["policy", "drift_after_seconds"], raw.drift_after_seconds, &mut policy.drift_after, 1);
     if let Some(proofs) = raw.proofs {
         if !(1..=PROOFS_MAX).contains(&proofs) {
             doc.problem(

@@ -32,10 +32,12 @@ pub enum WebhookEvent {
     ConfirmWindowClosing,
     /// The snapshot's time is over, or it can no longer be restored.
     WayBackLost,
+    /// What runs is not what was recorded.
+    Drift,
 }
 
 impl WebhookEvent {
-    pub const ALL: [WebhookEvent; 8] = [
+    pub const ALL: [WebhookEvent; 9] = [
         Self::Succeeded,
         Self::FailedPre,
         Self::FailedRollout,
@@ -44,6 +46,7 @@ impl WebhookEvent {
         Self::Held,
         Self::ConfirmWindowClosing,
         Self::WayBackLost,
+        Self::Drift,
     ];
 
     pub fn name(self) -> &'static str {
@@ -56,6 +59,7 @@ impl WebhookEvent {
             Self::Held => "held",
             Self::ConfirmWindowClosing => "confirm_window_closing",
             Self::WayBackLost => "way_back_lost",
+            Self::Drift => "drift",
         }
     }
 }

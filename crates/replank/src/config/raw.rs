@@ -238,6 +238,7 @@ pub struct Policy {
     pub confirm_window_seconds: Option<u64>,
     pub on_rollout_failure: Option<OnRolloutFailure>,
     pub proofs: Option<u32>,
+    pub drift_after_seconds: Option<u64>,
     pub keep_containers_hours: Option<u64>,
     pub keep_images_days: Option<u64>,
     pub keep_builds: Option<usize>,

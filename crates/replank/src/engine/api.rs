@@ -158,6 +158,8 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     async fn reset(&self, actor: &Actor, reason: &str) -> Result<Record, Refusal>;
     /// Takes a commit out of quarantine, by its version or by its id.
     async fn lift_quarantine(&self, actor: &Actor, which: &str, reason: &str) -> Result<Record, Refusal>;
+    /// Lets upgrades start although what runs differs from what was recorded in exactly this way.
+    async fn accept_drift(&self, actor: &Actor, what: &[String], reason: &str) -> Result<Record, Refusal>;
     async fn preflight(&self) -> Result<Preflight, Refusal>;
     async fn escape_hatch(&self) -> Result<EscapeHatch, Refusal>;
     /// Names of the configured components: what the build-log route knows.

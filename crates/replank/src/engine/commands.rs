@@ -275,6 +275,10 @@ impl Engine for LocalEngine {
         if record.phase.state().in_flight() {
             return Err(refusal(Refused::InFlight { from: record.phase.state() }));
         }
+        // Before the remote is asked, as it may be away; the transition refuses it in any case.
+        if let Some(drift) = record.drift.as_ref().filter(|drift| !drift.accepted && !request.build_only) {
+            return Err(refusal(Refused::Drifted { what: drift.brief() }));
+        }
         let remote = self.remote()?;
         if let (Wanted::Commit { sha }, Some(why)) = (&wanted, remote.refuses_commits()) {
             return Err(Refusal::Conflict(format!("commit {} cannot be started: {why}", sha.short())));
@@ -356,6 +360,18 @@ impl Engine for LocalEngine {
             };
             let reason = reason.to_owned();
             Ok(Ok(Event::QuarantineLifted { actor: actor.clone(), commit: sha.clone(), reason }))
+        })
+        .await
+    }
+
+    async fn accept_drift(&self, actor: &Actor, what: &[String], reason: &str) -> Result<Record, Refusal> {
+        checked_reason(reason)?;
+        if reason.trim().is_empty() {
+            return Err(Refusal::Invalid("accepting a drift needs a reason".to_owned()));
+        }
+        self.commit(|_| {
+            let (actor, reason) = (actor.clone(), reason.to_owned());
+            Ok(Ok(Event::DriftAccepted { actor, reason, what: what.to_vec() }))
         })
         .await
     }

@@ -242,6 +242,7 @@ impl Reconciler {
             }
         };
         self.streaks.see(&ask, &seen, &self.setup.policy);
+        self.streaks.see_at_rest(record, &seen);
         Some(seen)
     }
 

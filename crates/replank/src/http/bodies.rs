@@ -1,6 +1,7 @@
 //! The bodies that clients send, taken apart: shapes of contract §2, and what of them is wrong before anything is looked up.
 //! Pure: bytes in, a request or a reason out.
 
+use replank_core::drift::DRIFT_MAX;
 use replank_core::record::TargetKind;
 use replank_core::words::{CommitSha, IdempotencyKey, Version};
 use serde::Deserialize;
@@ -121,6 +122,31 @@ impl Lift {
             return invalid("`lift` is a version, or a commit's 40 hex digits");
         }
         Ok((self.lift, self.reason))
+    }
+}
+
+/// `POST /drift`: what may stay different from what was recorded.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AcceptDrift {
+    /// The row's `drift`, word for word: nobody accepts what he has not seen.
+    #[schema(min_items = 1, max_items = 10)]
+    pub accept: Vec<String>,
+    /// For the history; not only blanks.
+    #[schema(min_length = 1, max_length = 280, pattern = r"\S")]
+    reason: String,
+}
+
+impl AcceptDrift {
+    pub fn checked(self) -> Result<(Vec<String>, String), BadBody> {
+        check_reason(&self.reason)?;
+        if self.reason.trim().is_empty() {
+            return invalid("say why: accepting a drift needs a `reason`");
+        }
+        if self.accept.is_empty() || self.accept.len() > DRIFT_MAX {
+            return invalid("`accept` is the row's `drift`, word for word: 1 to 10 sentences");
+        }
+        Ok((self.accept, self.reason))
     }
 }
 

@@ -14,7 +14,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::auth::{Admin, Caller};
-use super::bodies::{self, Lift, Nothing, Reason, ResetReason, Rollback, Wanted};
+use super::bodies::{self, AcceptDrift, Lift, Nothing, Reason, ResetReason, Rollback, Wanted};
 use super::errors::ApiError;
 use super::extract::{Asked, Body, number};
 use super::glance::{self, Looker};
@@ -46,6 +46,7 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(confirm))
         .routes(routes!(reset))
         .routes(routes!(quarantine, lift_quarantine))
+        .routes(routes!(accept_drift))
         .routes(routes!(escape_hatch))
         .routes(routes!(history))
         .routes(routes!(events::events));
@@ -164,7 +165,7 @@ async fn command(app: &App, caller: &Caller, name: &str, tried: impl Future<Outp
 /// The same `idempotency_key` with the same target answers the job that exists.
 #[utoipa::path(post, path = "/start", tag = "upgrade", security(("token" = ["admin"])), request_body = StartRequest, responses(
     (status = 202, description = "Queued", body = Row),
-    (status = 409, description = "One is in flight, or the target is not offered, not newer or quarantined"),
+    (status = 409, description = "One is in flight, what runs is not what was recorded, or the target is not offered, not newer or quarantined"),
 ))]
 async fn start(State(app): State<App>, Admin(caller): Admin, body: Body) -> Accepted {
     let tried = async {
@@ -248,6 +249,19 @@ async fn lift_quarantine(State(app): State<App>, Admin(caller): Admin, body: Bod
         Ok(app.engine.lift_quarantine(&caller.actor, &which, &reason).await?)
     };
     command(&app, &caller, "quarantine", tried).await
+}
+
+/// Let upgrades start although what runs is not what was recorded: the row's `drift`, and no other.
+#[utoipa::path(post, path = "/drift", tag = "upgrade", security(("token" = ["admin"])), request_body = AcceptDrift, responses(
+    (status = 202, description = "Accepted", body = Row),
+    (status = 409, description = "What runs differs in another way, or not at all, or a job is in flight"),
+))]
+async fn accept_drift(State(app): State<App>, Admin(caller): Admin, body: Body) -> Accepted {
+    let tried = async {
+        let (what, reason) = body.required::<AcceptDrift>()?.checked()?;
+        Ok(app.engine.accept_drift(&caller.actor, &what, &reason).await?)
+    };
+    command(&app, &caller, "drift", tried).await
 }
 
 /// Whether a rollback would find what it needs.

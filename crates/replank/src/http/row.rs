@@ -95,6 +95,13 @@ pub struct Row {
     /// What to do about it.
     #[serde(default)]
     pub advice: String,
+    /// How what runs differs from what was recorded, one sentence each. An upgrade starts once this is empty or accepted.
+    #[serde(default)]
+    pub drift: Vec<String>,
+    #[serde(default)]
+    pub drift_since: String,
+    #[serde(default)]
+    pub drift_accepted: bool,
     /// While building: each component.
     #[serde(default)]
     pub components: BTreeMap<String, Component>,
@@ -219,6 +226,9 @@ impl Row {
             next_deadline: time(live.next_deadline),
             failure: text(fault_of(&record.phase).map(|fault| &fault.what)),
             advice: text(fault_of(&record.phase).map(|fault| &fault.advice)),
+            drift: record.drift.as_ref().map(|drift| drift.what.clone()).unwrap_or_default(),
+            drift_since: time(record.drift.as_ref().map(|drift| drift.since)),
+            drift_accepted: record.drift.as_ref().is_some_and(|drift| drift.accepted),
             components,
         }
     }

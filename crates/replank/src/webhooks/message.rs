@@ -70,6 +70,9 @@ fn events(line: &Map<String, Value>) -> Vec<Event> {
     if ["snapshot_dropped", "way_back_lost"].contains(&text(line, "event")) {
         events.push(Event::WayBackLost);
     }
+    if text(line, "event") == "drift_seen" {
+        events.push(Event::Drift);
+    }
     events
 }
 
@@ -91,6 +94,9 @@ impl Message {
                     if !text(&parsed, name).is_empty() {
                         data.insert(name.to_owned(), cut(text(&parsed, name)).into());
                     }
+                }
+                if let Some(what) = parsed.get("what").filter(|_| event == Event::Drift) {
+                    data.insert("what".to_owned(), what.clone());
                 }
                 // What led there: a cancelled job and one that failed both end as failed_pre.
                 data.insert("cause".to_owned(), text(&parsed, "event").into());

@@ -353,7 +353,7 @@ impl Watch {
         Self { stop, asked, thread }
     }
 
-    fn flawless(self) {
+    pub fn flawless(self) {
         let end = Instant::now() + Duration::from_secs(30);
         while self.asked.load(Ordering::Relaxed) < 20 && Instant::now() < end {
             std::thread::sleep(Duration::from_millis(20));

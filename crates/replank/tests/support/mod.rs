@@ -197,6 +197,9 @@ impl Engine for Double {
     async fn lift_quarantine(&self, actor: &Actor, which: &str, reason: &str) -> Result<Record, Refusal> {
         self.command(&format!("lift {which} {reason}"), actor)
     }
+    async fn accept_drift(&self, actor: &Actor, what: &[String], reason: &str) -> Result<Record, Refusal> {
+        self.command(&format!("accept {} {reason}", what.join("; ")), actor)
+    }
     async fn preflight(&self) -> Result<Preflight, Refusal> {
         let images = vec![PreflightImage { image_ref: "a@b".into(), exists: true, created_on: None, error: None }];
         self.look(Preflight { available: true, reason: String::new(), images, closed: None })
