@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::phase::{Op, Swap, WayBack};
-use crate::record::{Job, Record, Snapshot};
+use crate::record::{Deployment, Job, Record, Snapshot};
 use crate::words::{ComponentName, ContainerName, Millis, Version};
 
 /// What a release says of its data: whether the version before it can still use them.
@@ -74,6 +74,33 @@ impl DataPlan {
             Some(_) | None => None,
         }
     }
+}
+
+/// The oldest version that can use the data once `to` may have had them, where `before` was it until then.
+#[must_use]
+pub fn oldest(before: Option<&Version>, to: &Deployment) -> Option<Version> {
+    let data = &to.plan.data;
+    let said = match (&data.back_to, data.schema) {
+        (Some(oldest), _) => Some(oldest),
+        (None, Schema::OneWay) => Some(&to.version),
+        (None, Schema::Compatible | Schema::Unknown) => None,
+    };
+    said.into_iter().chain(before).max_by_key(|version| version.base()).cloned()
+}
+
+/// Why an older release cannot use the data as they are; `None` where it can, or where nobody knows.
+#[must_use]
+pub fn too_new_for(record: &Record, older: &Version) -> Option<String> {
+    let known = record.data_from.as_ref().filter(|from| older.base() < from.base());
+    let of_running = || record.running.as_ref().and_then(|running| running.plan.data.closes(older));
+    known.map(|from| format!("the data can be used from {from} on")).or_else(of_running)
+}
+
+/// What a release says of its data is about upgrades to it. On the way down from a newer one nothing of it holds: the older
+/// release does not change them, and what ran before can use them again.
+pub fn without_changes(data: &mut DataPlan) {
+    data.steps.retain(|step| step.kind != StepKind::Migrate);
+    (data.schema, data.back_to) = (Schema::Compatible, None);
 }
 
 /// How far a data step is. It began when `intended_at` was recorded, whatever became of it.

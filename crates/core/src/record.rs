@@ -173,6 +173,14 @@ pub enum OnRolloutFailure {
     Rollback,
 }
 
+/// What is particular about a job that leads to an older release.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Downgrade {
+    /// The data are those of the older release, by the operator's word.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub data_restored: bool,
+}
+
 /// One upgrade, from the click to its final state.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Job {
@@ -195,6 +203,9 @@ pub struct Job {
     /// Whoever started it knows that the way back may close.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub accept_one_way: bool,
+    /// It leads to an older release, on purpose.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub downgrade: Option<Downgrade>,
     /// Data steps that were begun.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub data: BTreeMap<ContainerName, StepState>,
@@ -299,6 +310,9 @@ pub struct Record {
     /// What is still to be removed from the registry.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub orphans: Vec<Orphan>,
+    /// The oldest version that can use the data as they are now; absent where no release has said so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data_from: Option<Version>,
     /// At rest: how what runs differs from `running`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drift: Option<Drift>,
@@ -358,6 +372,7 @@ impl Record {
             snapshot: None,
             quarantine: BTreeMap::new(),
             orphans: Vec::new(),
+            data_from: None,
             drift: None,
             history: Head::default(),
             updated_at: now,

@@ -5,7 +5,7 @@
 use serde_json::json;
 
 use crate::aftermath::{new_head, new_release, orphans_of, quarantine, reusable};
-use crate::data::{StepState, closed, closed_for};
+use crate::data::{StepKind, StepState, closed, closed_for, oldest, too_new_for};
 use crate::drift::Drift;
 use crate::event::Event;
 use crate::fault::Told;
@@ -39,6 +39,8 @@ pub enum Refused {
         "what runs is not what was recorded ({what}): put it right, or accept it as it is (`replank drift --accept`), and start again"
     )]
     Drifted { what: String },
+    #[error("{version} cannot use the data: {why}: restore the data of {version} first, and say so (data_restored)")]
+    DataTooNew { version: Version, why: String },
     #[error("what runs differs in another way by now, or no longer does: look at it again, and accept that")]
     OtherDrift,
     #[error("'{event}' does not fit the job: {why}")]
@@ -58,6 +60,11 @@ pub fn next(record: &Record, event: &Event, now: Millis) -> Result<Phase, Refuse
             }
             if let Some(drift) = record.drift.as_ref().filter(|drift| !drift.accepted && !job.build_only) {
                 return Err(Refused::Drifted { what: drift.brief() });
+            }
+            if job.downgrade.is_some_and(|down| !down.data_restored)
+                && let Some(why) = too_new_for(record, &job.target.version)
+            {
+                return Err(Refused::DataTooNew { version: job.target.version.clone(), why });
             }
             match record.quarantine.get(&job.target.commit) {
                 Some(q) if !override_quarantine => Err(Refused::Quarantined {
@@ -359,6 +366,13 @@ fn active_swap(phase: &mut Phase) -> Option<&mut Swap> {
     }
 }
 
+/// The data are those of `version` again, by an operator's word.
+fn lower(from: &mut Option<Version>, version: &Version) {
+    if from.as_ref().is_some_and(|from| version.base() < from.base()) {
+        *from = Some(version.clone());
+    }
+}
+
 /// Whether the controller of a deployment could go on from this record.
 pub fn readable_to(record: &Record, to: &Deployment) -> Result<(), Refused> {
     let reads = to.reads_format();
@@ -435,6 +449,13 @@ pub fn apply_as(record: &Record, event: &Event, now: Millis, reads: u32) -> Resu
             if *override_quarantine && new.quarantine.remove(&job.target.commit).is_some() {
                 audit = audit.with("override", "quarantine");
             }
+            if let Some(downgrade) = job.downgrade {
+                audit = audit.with("downgrade", true);
+                if downgrade.data_restored {
+                    audit = audit.with("data_restored", true);
+                    lower(&mut new.data_from, &job.target.version);
+                }
+            }
             let reuse = reusable(record).filter(|made| made.commit == job.target.commit);
             new.job = Some(Job { reuse: reuse.cloned(), ..(**job).clone() });
         }
@@ -442,6 +463,9 @@ pub fn apply_as(record: &Record, event: &Event, now: Millis, reads: u32) -> Resu
             audit = audit.with("actor", json!(actor)).with("reason", reason.clone());
             if *data_restored {
                 audit = audit.with("data_restored", true);
+                if let Some(swap) = new.phase.swap() {
+                    lower(&mut new.data_from, &swap.to.version);
+                }
             }
             if let Some(swap) = new.phase.swap() {
                 audit = audit.with("to_version", swap.to.version.to_string());
@@ -540,6 +564,17 @@ pub fn apply_as(record: &Record, event: &Event, now: Millis, reads: u32) -> Resu
         }
         Event::StepIntended { step } | Event::StepDone { step } => {
             audit = audit.with("step", step.as_str());
+            if let (Event::StepIntended { .. }, Phase::RollingOut(swap)) = (event, &new.phase)
+                && swap
+                    .to
+                    .plan
+                    .data
+                    .steps
+                    .iter()
+                    .any(|planned| planned.name == *step && planned.kind == StepKind::Migrate)
+            {
+                new.data_from = oldest(record.data_from.as_ref(), &swap.to);
+            }
             if let Some(job) = &mut new.job {
                 let state = job.data.entry(step.clone()).or_insert(StepState { intended_at: now, ended_at: None });
                 state.ended_at = matches!(event, Event::StepDone { .. }).then_some(now);
@@ -547,6 +582,10 @@ pub fn apply_as(record: &Record, event: &Event, now: Millis, reads: u32) -> Resu
         }
         Event::OpIntended { op } | Event::OpObserved { op } => {
             audit = audit.with("op", op.name());
+            // From here on the new release has the data, whatever becomes of it.
+            if let (Event::OpIntended { op: Op::StartNew }, Phase::RollingOut(swap)) = (event, &new.phase) {
+                new.data_from = oldest(record.data_from.as_ref(), &swap.to);
+            }
             if let (Event::OpIntended { .. }, true) = (event, moves_traffic(*op)) {
                 new.generation += 1;
                 audit = audit.with("generation", new.generation);

@@ -406,13 +406,17 @@ fn prepared_event(view: &View<'_>, job: &Job, images: &crate::image::Images, pre
     let Ok(revision) = revision_name(job, &key) else {
         return Event::Failed { fault: Told::permanent("the revision cannot be named", "report this") };
     };
+    let mut plan = prepared.plan.clone();
+    if job.downgrade.is_some() {
+        crate::data::without_changes(&mut plan.data);
+    }
     let to = Deployment {
         revision,
         key,
         version: job.target.version.clone(),
         commit: job.target.commit.clone(),
         images: images.clone(),
-        plan: prepared.plan.clone(),
+        plan,
         reads_format: prepared.reads_format,
     };
     let way_back = match &record.running {

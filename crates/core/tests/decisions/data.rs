@@ -202,3 +202,76 @@ fn records_without_data_steps_are_written_as_before() {
     assert!(!value["running"]["plan"].as_object().unwrap().contains_key("data"));
     let _: BTreeMap<String, serde_json::Value> = serde_json::from_value(value).unwrap();
 }
+
+/// A downgrade must not lead to a release that cannot use the data, however long ago they were changed.
+#[test]
+fn the_oldest_version_that_can_use_the_data_is_remembered() {
+    let with = |version: &str, schema, back_to: Option<&str>| {
+        let mut to = new();
+        to.version = version.parse().unwrap();
+        to.plan.data = DataPlan { steps: vec![], schema, back_to: back_to.map(|v| v.parse().unwrap()) };
+        to
+    };
+    let version = |text: &str| text.parse::<Version>().unwrap();
+    for (before, to, expect) in [
+        (None, with("2.0.0", Schema::Compatible, None), None),
+        (None, with("2.0.0", Schema::Unknown, None), None),
+        (None, with("2.0.0", Schema::OneWay, None), Some("2.0.0")),
+        (None, with("2.0.0", Schema::OneWay, Some("1.5.0")), Some("1.5.0")),
+        (None, with("2.0.0", Schema::Compatible, Some("1.5.0")), Some("1.5.0")),
+        // It only rises by upgrades.
+        (Some("1.8.0"), with("2.0.0", Schema::Compatible, Some("1.5.0")), Some("1.8.0")),
+        (Some("1.8.0"), with("2.0.0", Schema::Compatible, None), Some("1.8.0")),
+        (Some("1.8.0"), with("2.0.0", Schema::OneWay, None), Some("2.0.0")),
+    ] {
+        let before = before.map(version);
+        assert_eq!(oldest(before.as_ref(), &to), expect.map(version), "{before:?} and {:?}", to.plan.data);
+    }
+
+    // From the intent on, since what was intended may have happened.
+    let mut record = record_in(State::RollingOut, Mode::Single);
+    let Phase::RollingOut(swap) = &mut record.phase else { unreachable!() };
+    swap.to.plan.data.back_to = Some(swap.to.version.clone());
+    let (to, from) = (swap.to.version.clone(), record.running.as_ref().unwrap().version.clone());
+    assert!(from.base() < to.base());
+    swap.ops.clear();
+    let intended = apply(&record, &Event::OpIntended { op: Op::StartNew }, Millis(3)).unwrap().record;
+    assert_eq!(intended.data_from.as_ref(), Some(&to));
+    let failed = Event::Failed { fault: replank_core::fault::Told::permanent("it does not answer", "") };
+    let failed = apply(&intended, &failed, Millis(4)).unwrap().record;
+
+    let down = |data_restored| {
+        let mut job = job("job-9", 3, Mode::Single);
+        job.target.version = from.clone();
+        job.downgrade = Some(Downgrade { data_restored });
+        Event::Start { job: Box::new(job), override_quarantine: true }
+    };
+    let refused = apply(&failed, &down(false), Millis(5)).unwrap_err();
+    assert!(matches!(&refused, Refused::DataTooNew { version, .. } if *version == from), "{refused}");
+    let started = apply(&failed, &down(true), Millis(5)).unwrap();
+    assert_eq!(started.record.data_from.as_ref(), Some(&from), "by the operator's word");
+    let line = String::from_utf8_lossy(&started.lines[0].bytes).into_owned();
+    assert!(line.contains("\"downgrade\":true") && line.contains("\"data_restored\":true"), "{line}");
+    let back = Event::RollbackStarted { actor: Actor::system(), reason: String::new(), data_restored: true };
+    assert_eq!(apply(&failed, &back, Millis(5)).unwrap().record.data_from.as_ref(), Some(&from));
+
+    // Where no release in flight said so, what runs may.
+    let mut rested = record_in(State::Succeeded, Mode::Single);
+    rested.running.as_mut().unwrap().plan.data.schema = Schema::OneWay;
+    assert!(matches!(apply(&rested, &down(false), Millis(5)), Err(Refused::DataTooNew { .. })));
+    rested.running.as_mut().unwrap().plan.data.schema = Schema::Compatible;
+    assert!(apply(&rested, &down(false), Millis(5)).is_ok());
+}
+
+/// What an older release says of its data is about upgrades to it.
+#[test]
+fn a_downgrade_runs_no_migration_and_leaves_the_way_back_open() {
+    let mut plan = DataPlan { steps: vec![], schema: Schema::OneWay, back_to: Some("1.0.0".parse().unwrap()) };
+    for (name, kind) in [("backup", StepKind::Backup), ("migrate-app", StepKind::Migrate)] {
+        let name = ContainerName::new(name).unwrap();
+        plan.steps.push(DataStep { name, kind, component: app(), budget: 1, spec: serde_json::Value::Null });
+    }
+    without_changes(&mut plan);
+    let steps: Vec<&str> = plan.steps.iter().map(|step| step.name.as_str()).collect();
+    assert_eq!((steps, plan.closes(&"9.0.0".parse().unwrap())), (vec!["backup"], None));
+}

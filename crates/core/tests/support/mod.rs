@@ -53,6 +53,7 @@ pub fn job(id: &str, minor: u64, mode: Mode) -> Job {
         build_only: false,
         reuse: None,
         accept_one_way: false,
+        downgrade: None,
         data: Default::default(),
         extra: BTreeMap::new(),
     }

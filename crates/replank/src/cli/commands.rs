@@ -18,7 +18,8 @@ use super::plain::{self, Lines};
 use super::show::{self, Style};
 use super::watch::{Face, at_rest, watch};
 use super::{
-    Because, Command, DriftArgs, Global, Logs, QuarantineArgs, RoleArg, RollbackArgs, Start, TokenCommand, Wait, tokens,
+    Because, Command, DowngradeArgs, DriftArgs, Global, Logs, QuarantineArgs, RoleArg, RollbackArgs, Start,
+    TokenCommand, Wait, tokens,
 };
 use crate::config::env::Environment;
 use crate::config::{FILE, Settings};
@@ -56,6 +57,7 @@ pub async fn run(command: Command, global: Global, env: &Environment) -> Done {
         Command::Confirm(args) => run.row("/api/upgrade/confirm", reason(args.reason)).await,
         Command::Reset(args) => run.row("/api/upgrade/reset", json!({ "reason": args.reason })).await,
         Command::Quarantine(args) => run.quarantine(args).await,
+        Command::Downgrade(args) => run.downgrade(args).await,
         Command::Drift(args) => run.drift(args).await,
         Command::Logs(args) => run.logs(args).await,
         Command::History(args) if args.verify => run.verify().await,
@@ -284,6 +286,26 @@ impl Run<'_> {
         }
         let found: Value = self.client()?.get(PATH).await?;
         self.print(&found, |out, style| show::quarantine(out, &found, style))
+    }
+
+    async fn downgrade(&self, args: DowngradeArgs) -> Done {
+        let client = self.client()?;
+        let version = args.release.parse::<Version>().map_err(|e| Failure::usage(e.to_string()))?;
+        if !args.yes {
+            ask(&format!(
+                "Downgrade to {version}? It has to work with the data as they are now, and users may notice."
+            ))?;
+        }
+        let body = json!({
+            "target_version": version.to_string(),
+            "confirm_downtime": true,
+            "reason": args.reason,
+            "idempotency_key": args.idempotency_key,
+            "override_quarantine": args.override_quarantine,
+            "data_restored": args.data_restored,
+        });
+        let row: Row = client.post("/api/upgrade/downgrade", &body).await?;
+        self.queued(&client, row, &args.wait, "succeeded").await
     }
 
     /// What is accepted is what was just shown: the service refuses it where something else differs by then.

@@ -114,6 +114,11 @@ pub enum Command {
     Start(Start),
     /// Go back to what ran before; needs neither git nor a build.
     Rollback(RollbackArgs),
+    /// Build and swap to a release that is older than what runs; `rollback` is the faster way to what ran before.
+    #[command(
+        after_help = "An older release changes no data: its migrations are not run, and it has to read what the newer one wrote.\n\nExample: replank downgrade 1.3.0 --reason \"1.4 loses orders, and so does the fix\""
+    )]
+    Downgrade(DowngradeArgs),
     /// End a job that has not touched anything yet.
     Cancel(Because),
     /// End the confirm window early: keep the new version.
@@ -248,6 +253,30 @@ pub struct RollbackArgs {
     pub data_restored: bool,
     #[command(flatten)]
     pub because: Because,
+}
+
+#[derive(Debug, Args)]
+pub struct DowngradeArgs {
+    /// Release to go down to, such as 1.3.0
+    #[arg(value_name = "VERSION")]
+    pub release: String,
+    /// Why, for the history; at most 280 characters
+    #[arg(long)]
+    pub reason: String,
+    /// Makes a repeated request harmless: the same key and target give the same job
+    #[arg(long, value_name = "KEY")]
+    pub idempotency_key: Option<String>,
+    /// Confirm that users may notice, without a question
+    #[arg(long, short)]
+    pub yes: bool,
+    /// Start a commit that failed before, knowingly
+    #[arg(long)]
+    pub override_quarantine: bool,
+    /// The data are those of that version: goes down although what ran since has changed them for good
+    #[arg(long)]
+    pub data_restored: bool,
+    #[command(flatten)]
+    pub wait: Wait,
 }
 
 #[derive(Debug, Args)]

@@ -50,6 +50,19 @@ pub struct StartRequest {
     pub accept_one_way: bool,
 }
 
+/// A downgrade as a client asks for it, before anything is checked.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DowngradeRequest {
+    /// `A.B.C`, with or without `v`.
+    pub target_version: String,
+    pub confirm_downtime: bool,
+    pub reason: String,
+    pub idempotency_key: Option<String>,
+    pub override_quarantine: bool,
+    /// The data are those of that version.
+    pub data_restored: bool,
+}
+
 fn kinds() -> Object {
     let null = serde_json::Value::Null;
     ObjectBuilder::new()
@@ -58,7 +71,7 @@ fn kinds() -> Object {
         .build()
 }
 
-fn yes() -> Object {
+pub(crate) fn yes() -> Object {
     ObjectBuilder::new().schema_type(Type::Boolean).enum_values(Some([true])).build()
 }
 
@@ -150,6 +163,8 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     async fn check(&self, actor: &Actor) -> Result<Record, Refusal>;
     async fn track_commits(&self, actor: &Actor, on: bool) -> Result<Record, Refusal>;
     async fn start(&self, actor: &Actor, request: StartRequest) -> Result<Record, Refusal>;
+    /// Builds and swaps to a release that is older than what runs.
+    async fn downgrade(&self, actor: &Actor, request: DowngradeRequest) -> Result<Record, Refusal>;
     /// `data_restored`: the data are those of the version that is restored, where a data step had closed the way back.
     async fn rollback(&self, actor: &Actor, reason: &str, data_restored: bool) -> Result<Record, Refusal>;
     async fn cancel(&self, actor: &Actor, reason: &str) -> Result<Record, Refusal>;

@@ -206,8 +206,36 @@ impl Wanted {
     }
 }
 
+/// Which side of what runs a target lies on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    Up,
+    Down,
+}
+
+/// A downgrade leads to what is older, and nowhere else.
+fn older(version: &Version, commit: &CommitSha, running: Option<Running<'_>>) -> Result<(), Refusal> {
+    let Some(runs) = running else {
+        return Err(Refusal::Conflict("nothing runs yet that could be downgraded; start a release".to_owned()));
+    };
+    if runs.commit == Some(commit) {
+        return Err(Refusal::Conflict(format!("{version} is what runs already")));
+    }
+    if is_newer(version, running) {
+        let runs = runs.version();
+        return Err(Refusal::Conflict(format!("{version} is newer than what runs ({runs}); start it as an upgrade")));
+    }
+    Ok(())
+}
+
 /// The pinned target of a start: only what was offered, and newer (contract §1 for commits).
-pub(super) fn choose(wanted: &Wanted, refs: &Refs, record: &Record, own: Option<&Version>) -> Result<Target, Refusal> {
+pub(super) fn choose(
+    wanted: &Wanted,
+    way: Way,
+    refs: &Refs,
+    record: &Record,
+    own: Option<&Version>,
+) -> Result<Target, Refusal> {
     let running = Running::of(record, own);
     match wanted {
         Wanted::Newest => {
@@ -235,10 +263,14 @@ pub(super) fn choose(wanted: &Wanted, refs: &Refs, record: &Record, own: Option<
                     tag.commit
                 )));
             }
+            if way == Way::Down {
+                return older(version, &tag.commit, running).map(|()| release(tag));
+            }
             if !is_newer(version, running) {
                 let running = running.map(|running| running.version.to_string()).unwrap_or_default();
                 return Err(Refusal::Conflict(format!(
-                    "{version} is not newer than what runs ({running}); to go back, use rollback"
+                    "{version} is not newer than what runs ({running}); to go back to what ran before, use rollback, and to any \
+                     other older release, downgrade"
                 )));
             }
             let (offered, _) = offer(refs, running);

@@ -141,7 +141,7 @@ fn a_start_takes_only_releases_that_were_offered() {
         (None, "0.4.0", None, Err("not among the 20 newest")),
     ] {
         let wanted = Wanted::Release { version: version(target), sha: at.map(sha) };
-        match (choose(&wanted, &many, &record(running), None), expect) {
+        match (choose(&wanted, Way::Up, &many, &record(running), None), expect) {
             (Ok(chosen), Ok(())) => {
                 let target = tag(target, '2', None);
                 let expect = Target {
@@ -156,7 +156,7 @@ fn a_start_takes_only_releases_that_were_offered() {
             other => panic!("{running:?} to {wanted:?}: {other:?}"),
         }
     }
-    let newest = |running| choose(&Wanted::Newest, &many, &record(Some(running)), None);
+    let newest = |running| choose(&Wanted::Newest, Way::Up, &many, &record(Some(running)), None);
     assert_eq!(newest("0.1.0").unwrap().version, version("0.25.0"));
     assert!(matches!(newest("0.25.0"), Err(Refusal::Conflict(why)) if why.contains("no newer release")));
 }
@@ -179,7 +179,7 @@ fn a_commit_target_is_the_recorded_head_and_not_what_runs() {
         record.track_commits = follow;
         record.latest = Latest { branch_head: known.map(sha), ..Latest::default() };
         let wanted = Wanted::Commit { sha: sha('2') };
-        match (choose(&wanted, &refs(vec![], head), &record, None), expect) {
+        match (choose(&wanted, Way::Up, &refs(vec![], head), &record, None), expect) {
             (Ok(chosen), Ok(derived)) => {
                 let expect = Target {
                     kind: TargetKind::Commit,
@@ -197,7 +197,7 @@ fn a_commit_target_is_the_recorded_head_and_not_what_runs() {
     }
     let mut record = record(Some("0.1.0"));
     record.latest.branch_head = Some(sha('1'));
-    let same = choose(&Wanted::Commit { sha: sha('1') }, &refs(vec![], Some('1')), &record, None);
+    let same = choose(&Wanted::Commit { sha: sha('1') }, Way::Up, &refs(vec![], Some('1')), &record, None);
     assert!(matches!(same, Err(Refusal::Conflict(why)) if why.contains("what runs already")));
 }
 
@@ -214,7 +214,37 @@ fn what_only_builds_compares_with_its_own_version() {
     assert_eq!(names(Some(&own)), ["0.3.0"]);
     assert_eq!(names(None), ["0.3.0", "0.2.0", "0.1.0"], "everything is newer than nothing");
     let commit = Wanted::Commit { sha: sha('8') };
-    let target = choose(&commit, &tags, &record, Some(&own)).unwrap();
+    let target = choose(&commit, Way::Up, &tags, &record, Some(&own)).unwrap();
     assert_eq!(target.version.to_string(), format!("0.2.0-commit.{}", "8".repeat(12)));
-    assert!(choose(&commit, &tags, &record, None).is_err());
+    assert!(choose(&commit, Way::Up, &tags, &record, None).is_err());
+}
+
+#[test]
+fn a_downgrade_leads_to_what_is_older_and_was_never_moved() {
+    let many = refs(
+        vec![
+            tag("0.5.0", 'a', None),
+            tag("0.4.0", '1', None),
+            tag("0.3.0", 'c', None),
+            tag("0.2.0", 'd', Some("it was moved")),
+        ],
+        None,
+    );
+    let to = |target: &str, running: Option<&str>| {
+        let wanted = Wanted::Release { version: version(target), sha: None };
+        choose(&wanted, Way::Down, &many, &record(running), None).map(|target| target.version.to_string())
+    };
+    assert_eq!(to("0.3.0", Some("0.4.0")).unwrap(), "0.3.0");
+    // Made of 0.3.0, and later: the release itself is a step back from it.
+    assert_eq!(to("0.3.0", Some("0.3.0-commit.1111111")).unwrap(), "0.3.0");
+    for (target, running, expect) in [
+        ("0.5.0", Some("0.4.0"), "0.5.0 is newer than what runs (0.4.0); start it as an upgrade"),
+        ("0.4.0", Some("0.4.0"), "0.4.0 is what runs already"),
+        ("0.2.0", Some("0.4.0"), "cannot be started: it was moved"),
+        ("0.1.0", Some("0.4.0"), "the remote offers no release v0.1.0"),
+        ("0.3.0", None, "nothing runs yet"),
+    ] {
+        let refused = to(target, running).unwrap_err().to_string();
+        assert!(refused.contains(expect), "{target}: {refused}");
+    }
 }

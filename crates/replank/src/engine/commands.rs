@@ -10,13 +10,15 @@ use replank_core::event::Event;
 use replank_core::history::Line;
 use replank_core::image::ImageId;
 use replank_core::ports::{EscapeHatch, LedgerError, LogId};
-use replank_core::record::{Actor, Head, Job, Latest, Quarantined, Record};
+use replank_core::record::{Actor, Downgrade, Head, Job, Latest, Quarantined, Record, TargetKind};
 use replank_core::transition::{Refused, apply_as, readable_to};
 use replank_core::words::{CommitSha, ComponentName, IdempotencyKey, JobId, Millis, Nonce, Version};
 use tokio::sync::watch;
 
-use super::api::{Candidates, Engine, Live, LogRead, Preflight, PreflightImage, Refusal, StartRequest};
-use super::candidates::{Age, FRESH_MS, Remote, Running, Wanted, choose, newest, offer, wanted};
+use super::api::{
+    Candidates, DowngradeRequest, Engine, Live, LogRead, Preflight, PreflightImage, Refusal, StartRequest,
+};
+use super::candidates::{Age, FRESH_MS, Remote, Running, Wanted, Way, choose, newest, offer, wanted};
 use super::reconcile::describe;
 use super::setup::{Ports, Setup, Shared};
 
@@ -124,9 +126,61 @@ impl LocalEngine {
             build_only: request.build_only || self.ports.platform.is_none(),
             reuse: None,
             accept_one_way: request.accept_one_way,
+            downgrade: None,
             data: Default::default(),
             extra: Default::default(),
         })
+    }
+
+    /// Records a job, up or down.
+    async fn begin(
+        &self,
+        actor: &Actor,
+        request: StartRequest,
+        downgrade: Option<Downgrade>,
+    ) -> Result<Record, Refusal> {
+        // Everything that the request alone decides comes first: bad input changes nothing and costs no look-up.
+        if !request.confirm_downtime {
+            return Err(Refusal::Invalid("confirm_downtime must be true: an upgrade replaces what runs".to_owned()));
+        }
+        checked_reason(request.reason.as_deref().unwrap_or_default())?;
+        if let Some(key) = &request.idempotency_key {
+            IdempotencyKey::new(key.as_str()).map_err(|e| Refusal::Invalid(e.to_string()))?;
+        }
+        let wanted = wanted(&request)?;
+        let key = request.idempotency_key.as_deref();
+        let record = self.record().await?;
+        if repeated(&record, key, &wanted)? {
+            return Ok(record);
+        }
+        if record.phase.state().in_flight() {
+            return Err(refusal(Refused::InFlight { from: record.phase.state() }));
+        }
+        // Before the remote is asked, as it may be away; the transition refuses it in any case.
+        if let Some(drift) = record.drift.as_ref().filter(|drift| !drift.accepted && !request.build_only) {
+            return Err(refusal(Refused::Drifted { what: drift.brief() }));
+        }
+        let remote = self.remote()?;
+        if let (Wanted::Commit { sha }, Some(why)) = (&wanted, remote.refuses_commits()) {
+            return Err(Refusal::Conflict(format!("commit {} cannot be started: {why}", sha.short())));
+        }
+        let own = self.setup.own_version.as_ref();
+        let refs = |age| async move { remote.refs(age).await.map_err(|told| Refusal::Unavailable(told.sentence())) };
+        let way = downgrade.map_or(Way::Up, |_| Way::Down);
+        let target = match choose(&wanted, way, &refs(Age::Good(START_REFS_MS)).await?, &record, own) {
+            Ok(target) => target,
+            // What was just published may not be in the last look yet.
+            Err(_) => choose(&wanted, way, &refs(Age::Good(MISSED_REFS_MS)).await?, &record, own)?,
+        };
+        let job = Job { downgrade, ..self.new_job(actor, &request, target)? };
+        let override_quarantine = request.override_quarantine;
+        self.commit(|record| {
+            if repeated(record, key, &wanted)? || record.job.as_ref().is_some_and(|known| known.id == job.id) {
+                return Ok(Err(record.clone()));
+            }
+            Ok(Ok(Event::Start { job: Box::new(job.clone()), override_quarantine }))
+        })
+        .await
     }
 
     /// Looks for an image of the way back: on this machine first, which is nearest and enough to run it, then in the
@@ -258,47 +312,24 @@ impl Engine for LocalEngine {
     }
 
     async fn start(&self, actor: &Actor, request: StartRequest) -> Result<Record, Refusal> {
-        // Everything that the request alone decides comes first: bad input changes nothing and costs no look-up.
-        if !request.confirm_downtime {
-            return Err(Refusal::Invalid("confirm_downtime must be true: an upgrade replaces what runs".to_owned()));
+        self.begin(actor, request, None).await
+    }
+
+    async fn downgrade(&self, actor: &Actor, request: DowngradeRequest) -> Result<Record, Refusal> {
+        if request.reason.trim().is_empty() {
+            return Err(Refusal::Invalid("a downgrade needs a reason".to_owned()));
         }
-        checked_reason(request.reason.as_deref().unwrap_or_default())?;
-        if let Some(key) = &request.idempotency_key {
-            IdempotencyKey::new(key.as_str()).map_err(|e| Refusal::Invalid(e.to_string()))?;
-        }
-        let wanted = wanted(&request)?;
-        let key = request.idempotency_key.as_deref();
-        let record = self.record().await?;
-        if repeated(&record, key, &wanted)? {
-            return Ok(record);
-        }
-        if record.phase.state().in_flight() {
-            return Err(refusal(Refused::InFlight { from: record.phase.state() }));
-        }
-        // Before the remote is asked, as it may be away; the transition refuses it in any case.
-        if let Some(drift) = record.drift.as_ref().filter(|drift| !drift.accepted && !request.build_only) {
-            return Err(refusal(Refused::Drifted { what: drift.brief() }));
-        }
-        let remote = self.remote()?;
-        if let (Wanted::Commit { sha }, Some(why)) = (&wanted, remote.refuses_commits()) {
-            return Err(Refusal::Conflict(format!("commit {} cannot be started: {why}", sha.short())));
-        }
-        let own = self.setup.own_version.as_ref();
-        let refs = |age| async move { remote.refs(age).await.map_err(|told| Refusal::Unavailable(told.sentence())) };
-        let target = match choose(&wanted, &refs(Age::Good(START_REFS_MS)).await?, &record, own) {
-            Ok(target) => target,
-            // What was just published may not be in the last look yet.
-            Err(_) => choose(&wanted, &refs(Age::Good(MISSED_REFS_MS)).await?, &record, own)?,
+        let downgrade = Downgrade { data_restored: request.data_restored };
+        let request = StartRequest {
+            target_version: Some(request.target_version),
+            target_kind: Some(TargetKind::Release),
+            confirm_downtime: request.confirm_downtime,
+            reason: Some(request.reason),
+            idempotency_key: request.idempotency_key,
+            override_quarantine: request.override_quarantine,
+            ..StartRequest::default()
         };
-        let job = self.new_job(actor, &request, target)?;
-        let override_quarantine = request.override_quarantine;
-        self.commit(|record| {
-            if repeated(record, key, &wanted)? || record.job.as_ref().is_some_and(|known| known.id == job.id) {
-                return Ok(Err(record.clone()));
-            }
-            Ok(Ok(Event::Start { job: Box::new(job.clone()), override_quarantine }))
-        })
-        .await
+        self.begin(actor, request, Some(downgrade)).await
     }
 
     async fn rollback(&self, actor: &Actor, reason: &str, data_restored: bool) -> Result<Record, Refusal> {

@@ -323,7 +323,7 @@ impl Executor {
 
 /// Told before the click, and asked for with it: a release that closes the way back starts only for whoever said so.
 fn knows_what_closes(job: &Job, fetched: &Fetched, running: Option<&Deployment>) -> Result<(), Fault> {
-    let (false, Some(running)) = (job.accept_one_way, running) else { return Ok(()) };
+    let (false, None, Some(running)) = (job.accept_one_way, job.downgrade, running) else { return Ok(()) };
     // The manifest was checked when it was read.
     let data = DataPlan::deserialize(&fetched.manifest).unwrap_or_default();
     match data.closes(&running.version) {

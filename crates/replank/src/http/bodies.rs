@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use utoipa::ToSchema;
 
-use crate::engine::api::StartRequest;
+use crate::engine::api::{DowngradeRequest, StartRequest};
 
 /// Contract §2, in characters.
 pub const REASON_MAX: usize = 280;
@@ -95,6 +95,60 @@ pub struct Rollback {
 impl Rollback {
     pub fn text(self) -> Result<String, BadBody> {
         Reason { reason: self.reason }.text()
+    }
+}
+
+/// `POST /downgrade`.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Downgrade {
+    /// `A.B.C`, with or without `v`: a release that is older than what runs.
+    #[schema(pattern = r"^v?(0|[1-9][0-9]{0,18})(\.(0|[1-9][0-9]{0,18})){2}$")]
+    target_version: String,
+    /// Users may notice, and whoever starts knows it.
+    #[serde(default)]
+    #[schema(schema_with = crate::engine::api::yes, required = true)]
+    confirm_downtime: bool,
+    /// For the history; not only blanks.
+    #[schema(min_length = 1, max_length = 280, pattern = r"\S")]
+    reason: String,
+    /// Makes a repeated request harmless.
+    #[serde(default)]
+    #[schema(pattern = "^[A-Za-z0-9._-]{1,64}$")]
+    idempotency_key: Option<String>,
+    /// Start a commit that failed before, knowingly.
+    #[serde(default)]
+    override_quarantine: bool,
+    /// The data are those of that version, where what ran since has changed them for good.
+    #[serde(default)]
+    data_restored: bool,
+}
+
+impl Downgrade {
+    pub fn checked(self) -> Result<DowngradeRequest, BadBody> {
+        check_reason(&self.reason)?;
+        if self.reason.trim().is_empty() {
+            return invalid("say why: a downgrade needs a `reason`");
+        }
+        match self.target_version.parse::<Version>() {
+            Ok(version) if version.commit.is_none() => {}
+            Ok(_) => return invalid("`target_version` names a commit, and a downgrade leads to a release: A.B.C"),
+            Err(error) => return invalid(error.to_string()),
+        }
+        if let Some(key) = &self.idempotency_key {
+            IdempotencyKey::new(key.as_str()).or_else(|error| invalid(error.to_string()))?;
+        }
+        if !self.confirm_downtime {
+            return invalid("confirm_downtime must be true: a downgrade replaces what runs");
+        }
+        Ok(DowngradeRequest {
+            target_version: self.target_version,
+            confirm_downtime: self.confirm_downtime,
+            reason: self.reason,
+            idempotency_key: self.idempotency_key,
+            override_quarantine: self.override_quarantine,
+            data_restored: self.data_restored,
+        })
     }
 }
 

@@ -14,7 +14,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::auth::{Admin, Caller};
-use super::bodies::{self, AcceptDrift, Lift, Nothing, Reason, ResetReason, Rollback, Wanted};
+use super::bodies::{self, AcceptDrift, Downgrade, Lift, Nothing, Reason, ResetReason, Rollback, Wanted};
 use super::errors::ApiError;
 use super::extract::{Asked, Body, number};
 use super::glance::{self, Looker};
@@ -41,6 +41,7 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(start))
         .routes(routes!(logs::build_log))
         .routes(routes!(preflight))
+        .routes(routes!(downgrade))
         .routes(routes!(rollback))
         .routes(routes!(cancel))
         .routes(routes!(confirm))
@@ -173,6 +174,19 @@ async fn start(State(app): State<App>, Admin(caller): Admin, body: Body) -> Acce
         Ok(app.engine.start(&caller.actor, request).await?)
     };
     command(&app, &caller, "start", tried).await
+}
+
+/// Build and swap to a release that is older than what runs. What ran before comes back faster by a rollback.
+#[utoipa::path(post, path = "/downgrade", tag = "upgrade", security(("token" = ["admin"])), request_body = Downgrade, responses(
+    (status = 202, description = "Queued", body = Row),
+    (status = 409, description = "One is in flight, what runs is not what was recorded, the release is not offered, not older or quarantined, or it cannot use the data"),
+))]
+async fn downgrade(State(app): State<App>, Admin(caller): Admin, body: Body) -> Accepted {
+    let tried = async {
+        let request = body.required::<Downgrade>()?.checked()?;
+        Ok(app.engine.downgrade(&caller.actor, request).await?)
+    };
+    command(&app, &caller, "downgrade", tried).await
 }
 
 /// Go back to what ran before; needs neither git nor a build.

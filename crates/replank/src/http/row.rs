@@ -82,6 +82,9 @@ pub struct Row {
     pub mode: String,
     #[serde(default)]
     pub build_only: bool,
+    /// The current job leads to an older release.
+    #[serde(default)]
+    pub downgrade: bool,
     /// The revision that traffic goes to.
     #[serde(default)]
     pub serving: String,
@@ -221,6 +224,7 @@ impl Row {
                 Mode::BlueGreen => "blue_green",
             })),
             build_only: job.is_some_and(|j| j.build_only),
+            downgrade: job.is_some_and(|j| j.downgrade.is_some()),
             serving: text(record.serving.as_ref().map(|d| &d.revision)),
             next_action: cut(&live.next_action, DETAIL_MAX),
             next_deadline: time(live.next_deadline),

@@ -7,6 +7,7 @@ mod builds;
 mod clean_up;
 mod config;
 mod disk;
+mod downgrade;
 mod drift;
 mod init;
 mod ledger;

@@ -71,6 +71,7 @@ pub fn job(version: &str) -> Job {
         build_only: false,
         reuse: None,
         accept_one_way: false,
+        downgrade: None,
         data: Default::default(),
         extra: BTreeMap::new(),
     }
@@ -180,6 +181,9 @@ impl Engine for Double {
             record.phase = Phase::Queued;
         });
         self.record().await
+    }
+    async fn downgrade(&self, actor: &Actor, request: DowngradeRequest) -> Result<Record, Refusal> {
+        self.command(&format!("downgrade {request:?}"), actor)
     }
     async fn rollback(&self, actor: &Actor, reason: &str, data_restored: bool) -> Result<Record, Refusal> {
         let restored = if data_restored { " of restored data" } else { "" };
