@@ -51,6 +51,16 @@ pub enum Event {
         reason: String,
         what: Vec<String>,
     },
+    /// A tag may be started at another commit than it was seen first at: this one, and no other.
+    MovedTagAccepted {
+        actor: Actor,
+        reason: String,
+        /// Such as `refs/tags/v1.4.0`.
+        raw_ref: String,
+        /// What counted until now.
+        from: CommitSha,
+        to: CommitSha,
+    },
     Kept {
         actor: Actor,
         #[serde(default)]
@@ -171,6 +181,7 @@ impl Event {
             Self::Reset { .. } => "reset",
             Self::QuarantineLifted { .. } => "quarantine_lifted",
             Self::DriftAccepted { .. } => "drift_accepted",
+            Self::MovedTagAccepted { .. } => "moved_tag_accepted",
             Self::Kept { .. } => "kept",
             Self::TrackCommits { .. } => "track_commits",
             Self::TokenChanged { .. } => "token_changed",

@@ -270,6 +270,9 @@ pub struct Orphan {
 /// More orphans than a year of failed jobs makes: the oldest go, so that the record stays small.
 pub const ORPHANS_MAX: usize = 100;
 
+/// More moved tags than anybody accepts one by one; the record stays small.
+pub const MOVED_TAGS_MAX: usize = 100;
+
 /// The end of the history as the record anchors it: how many lines, and the hash of the last one.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize, Default)]
 pub struct Head {
@@ -310,6 +313,10 @@ pub struct Record {
     /// What is still to be removed from the registry.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub orphans: Vec<Orphan>,
+    /// Tags that were moved, by their ref, with the commit at which an administrator accepted each: it counts instead of the one
+    /// that was seen first.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub moved_tags: BTreeMap<String, CommitSha>,
     /// The oldest version that can use the data as they are now; absent where no release has said so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data_from: Option<Version>,
@@ -372,6 +379,7 @@ impl Record {
             snapshot: None,
             quarantine: BTreeMap::new(),
             orphans: Vec::new(),
+            moved_tags: BTreeMap::new(),
             data_from: None,
             drift: None,
             history: Head::default(),

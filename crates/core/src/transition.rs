@@ -14,7 +14,7 @@ use crate::image::attempt_tag;
 use crate::phase::{
     Build, Building, BuiltOnly, Confirming, Flip, Mode, Op, OpState, Patching, Phase, RollingBack, State, Swap, WayBack,
 };
-use crate::record::{Deployment, Driver, Job, ORPHANS_MAX, OnRolloutFailure, Orphan, Record};
+use crate::record::{Deployment, Driver, Job, MOVED_TAGS_MAX, ORPHANS_MAX, OnRolloutFailure, Orphan, Record};
 use crate::words::{CommitSha, Millis, Version};
 
 /// Why an event cannot happen now.
@@ -41,6 +41,8 @@ pub enum Refused {
     Drifted { what: String },
     #[error("{version} cannot use the data: {why}: restore the data of {version} first, and say so (data_restored)")]
     DataTooNew { version: Version, why: String },
+    #[error("{MOVED_TAGS_MAX} moved tags were accepted already: publish a new version instead")]
+    TooManyMovedTags,
     #[error("what runs differs in another way by now, or no longer does: look at it again, and accept that")]
     OtherDrift,
     #[error("'{event}' does not fit the job: {why}")]
@@ -127,6 +129,13 @@ pub fn next(record: &Record, event: &Event, now: Millis) -> Result<Phase, Refuse
         }
         Event::QuarantineLifted { commit, .. } if record.quarantine.contains_key(commit) => Ok(phase),
         Event::QuarantineLifted { .. } => Err(odd("that commit is not quarantined")),
+        Event::MovedTagAccepted { raw_ref, .. } => {
+            let is_new = !record.moved_tags.contains_key(raw_ref);
+            match is_new && record.moved_tags.len() >= MOVED_TAGS_MAX {
+                true => Err(Refused::TooManyMovedTags),
+                false => Ok(phase),
+            }
+        }
         Event::DriftAccepted { .. } if from.in_flight() => Err(Refused::InFlight { from }),
         Event::DriftAccepted { what, .. } => match &record.drift {
             Some(drift) if drift.what == *what => Ok(phase),
@@ -483,6 +492,15 @@ pub fn apply_as(record: &Record, event: &Event, now: Millis, reads: u32) -> Resu
                 .with("reason", reason.clone())
                 .with("version", version)
                 .with("sha", commit.as_str());
+        }
+        Event::MovedTagAccepted { actor, reason, raw_ref, from, to } => {
+            new.moved_tags.insert(raw_ref.clone(), to.clone());
+            audit = Audit::new(now, None, event.name())
+                .with("actor", json!(actor))
+                .with("reason", reason.clone())
+                .with("ref", raw_ref.clone())
+                .with("from_sha", from.as_str())
+                .with("sha", to.as_str());
         }
         Event::DriftAccepted { actor, reason, what } => {
             if let Some(drift) = &mut new.drift {

@@ -76,6 +76,13 @@ fn events(record: &Record) -> Vec<Event> {
         Event::Reset { actor: actor(), reason: String::new() },
         Event::Kept { actor: actor(), reason: String::new() },
         Event::QuarantineLifted { actor: actor(), commit: sha('2'), reason: String::new() },
+        Event::MovedTagAccepted {
+            actor: actor(),
+            reason: String::new(),
+            raw_ref: "refs/tags/v1.0.0".to_owned(),
+            from: sha('1'),
+            to: sha('2'),
+        },
         Event::DriftAccepted { actor: actor(), reason: String::new(), what: vec!["container app is gone".to_owned()] },
         Event::TrackCommits { actor: actor(), on: false },
         Event::TokenChanged {
@@ -124,6 +131,7 @@ fn events(record: &Record) -> Vec<Event> {
             | Event::Reset { .. }
             | Event::Kept { .. }
             | Event::QuarantineLifted { .. }
+            | Event::MovedTagAccepted { .. }
             | Event::DriftAccepted { .. }
             | Event::TrackCommits { .. }
             | Event::TokenChanged { .. }

@@ -58,6 +58,10 @@ pub async fn run(command: Command, global: Global, env: &Environment) -> Done {
         Command::Reset(args) => run.row("/api/upgrade/reset", json!({ "reason": args.reason })).await,
         Command::Quarantine(args) => run.quarantine(args).await,
         Command::Downgrade(args) => run.downgrade(args).await,
+        Command::AcceptMovedTag(args) => {
+            let body = json!({ "version": args.release, "commit_sha": args.commit, "reason": args.reason });
+            run.row("/api/upgrade/moved-tag", body).await
+        }
         Command::Drift(args) => run.drift(args).await,
         Command::Logs(args) => run.logs(args).await,
         Command::History(args) if args.verify => run.verify().await,

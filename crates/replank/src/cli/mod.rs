@@ -130,6 +130,11 @@ pub enum Command {
         after_help = "Examples:\n  replank quarantine\n  replank quarantine --lift 1.4.0 --reason \"it was the registry, not the release\""
     )]
     Quarantine(QuarantineArgs),
+    /// Let a release be started although its tag was moved: at exactly the commit that you name.
+    #[command(
+        after_help = "A moved tag is a release that somebody changed after it was published. See where it is now with `replank candidates`,\nlook at what that commit holds, and name it.\n\nExample: replank accept-moved-tag 1.4.0 --commit 4f2a… --reason \"the tag was on the wrong branch\""
+    )]
+    AcceptMovedTag(AcceptMovedTagArgs),
     /// Show how what runs differs from what was recorded, or accept it as it is so that an upgrade can start.
     #[command(
         after_help = "Examples:\n  replank drift\n  replank drift --accept --reason \"the worker is stopped until the queue is mended\""
@@ -301,6 +306,19 @@ pub struct QuarantineArgs {
     /// Why, for the history; at most 280 characters
     #[arg(long, requires = "lift")]
     pub reason: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct AcceptMovedTagArgs {
+    /// Release whose tag was moved, such as 1.4.0
+    #[arg(value_name = "VERSION")]
+    pub release: String,
+    /// Full id of the commit that it is at now
+    #[arg(long, value_name = "SHA")]
+    pub commit: String,
+    /// Why, for the history; at most 280 characters
+    #[arg(long)]
+    pub reason: String,
 }
 
 #[derive(Debug, Args)]

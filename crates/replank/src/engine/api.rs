@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use replank_core::history::Line;
 use replank_core::ports::{EscapeHatch, LogChunk, Progress, TagRef};
 use replank_core::record::{Actor, Record, TargetKind};
-use replank_core::words::{ComponentName, JobId, Millis, Version};
+use replank_core::words::{CommitSha, ComponentName, JobId, Millis, Version};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use utoipa::ToSchema;
@@ -69,6 +69,13 @@ fn kinds() -> Object {
         .schema_type(SchemaType::from_iter([Type::String, Type::Null]))
         .enum_values(Some(["release".into(), "commit".into(), null]))
         .build()
+}
+
+/// A tag that was moved, and where to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MovedTag {
+    pub version: Version,
+    pub commit: CommitSha,
 }
 
 pub(crate) fn yes() -> Object {
@@ -173,6 +180,8 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     async fn reset(&self, actor: &Actor, reason: &str) -> Result<Record, Refusal>;
     /// Takes a commit out of quarantine, by its version or by its id.
     async fn lift_quarantine(&self, actor: &Actor, which: &str, reason: &str) -> Result<Record, Refusal>;
+    /// Lets a release be started at the commit that its tag was moved to: `commit`, and no other.
+    async fn accept_moved_tag(&self, actor: &Actor, tag: MovedTag, reason: &str) -> Result<Record, Refusal>;
     /// Lets upgrades start although what runs differs from what was recorded in exactly this way.
     async fn accept_drift(&self, actor: &Actor, what: &[String], reason: &str) -> Result<Record, Refusal>;
     async fn preflight(&self) -> Result<Preflight, Refusal>;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use replank_core::fault::{Fault, Told};
-use replank_core::ports::{Clock, Ledger, Refs, Source, TagRef};
+use replank_core::ports::{Clock, Ledger, LedgerError, Refs, Source, TagRef};
 use replank_core::record::{Record, Target, TargetKind};
 use replank_core::words::{CommitSha, Millis, Version};
 use tokio::sync::Mutex;
@@ -78,6 +78,26 @@ impl Remote {
         self.source.refuses_commits()
     }
 
+    /// What was last seen counts no more: something else is made of it from now on.
+    pub(super) async fn look_anew(&self) {
+        *self.looks.lock().await = Looks::default();
+    }
+
+    /// The commit that counts for a tag: the one that was accepted, or else the one that was seen first. A tag that is new
+    /// here is pinned to `commit`.
+    pub(super) async fn pinned(
+        &self,
+        record: &Record,
+        raw_ref: &str,
+        commit: &CommitSha,
+    ) -> Result<CommitSha, LedgerError> {
+        if let Some(accepted) = record.moved_tags.get(raw_ref) {
+            return Ok(accepted.clone());
+        }
+        let first = self.ledger.first_seen(&[(raw_ref.to_owned(), commit.clone())], self.clock.now()).await?;
+        Ok(first.get(raw_ref).unwrap_or(commit).clone())
+    }
+
     /// The remote's refs with moved tags refused, or why they cannot be had.
     pub(super) async fn refs(&self, age: Age) -> Result<Refs, Told> {
         let asked = self.clock.now();
@@ -100,10 +120,24 @@ impl Remote {
             let why = describe(&e);
             Fault::transient(format!("the commits that were seen first could not be read: {why}")).told()
         })?;
+        let accepted = match self.ledger.load().await {
+            Ok(found) => found.map(|(record, _)| record.moved_tags).unwrap_or_default(),
+            Err(error) => {
+                let why = describe(&error);
+                return Err(
+                    Fault::transient(format!("the moved tags that were accepted could not be read: {why}")).told()
+                );
+            }
+        };
         for tag in &mut refs.tags {
-            if let Some(pinned) = first.get(&tag.raw_ref).filter(|pinned| **pinned != tag.commit) {
+            let (pinned, how) = match accepted.get(&tag.raw_ref) {
+                Some(pinned) => (Some(pinned), "accepted"),
+                None => (first.get(&tag.raw_ref), "seen first"),
+            };
+            if let Some(pinned) = pinned.filter(|pinned| **pinned != tag.commit) {
                 tag.refused = Some(format!(
-                    "the tag was moved: it was seen first at {pinned} and is now at {}; publish a new version instead",
+                    "the tag was moved: it was {how} at {pinned} and is now at {}; publish a new version instead, or accept \
+                     exactly that commit (`replank accept-moved-tag`)",
                     tag.commit
                 ));
             }

@@ -16,7 +16,7 @@ use replank_core::words::{CommitSha, ComponentName, IdempotencyKey, JobId, Milli
 use tokio::sync::watch;
 
 use super::api::{
-    Candidates, DowngradeRequest, Engine, Live, LogRead, Preflight, PreflightImage, Refusal, StartRequest,
+    Candidates, DowngradeRequest, Engine, Live, LogRead, MovedTag, Preflight, PreflightImage, Refusal, StartRequest,
 };
 use super::candidates::{Age, FRESH_MS, Remote, Running, Wanted, Way, choose, newest, offer, wanted};
 use super::reconcile::describe;
@@ -393,6 +393,48 @@ impl Engine for LocalEngine {
             Ok(Ok(Event::QuarantineLifted { actor: actor.clone(), commit: sha.clone(), reason }))
         })
         .await
+    }
+
+    async fn accept_moved_tag(&self, actor: &Actor, tag: MovedTag, reason: &str) -> Result<Record, Refusal> {
+        checked_reason(reason)?;
+        if reason.trim().is_empty() {
+            return Err(Refusal::Invalid("accepting a moved tag needs a reason".to_owned()));
+        }
+        let MovedTag { version, commit } = tag;
+        let remote = self.remote()?;
+        let refs = remote.refs(Age::Now).await.map_err(|told| Refusal::Unavailable(told.sentence()))?;
+        let found = refs.tags.iter().find(|found| found.version == version);
+        let Some(found) = found else {
+            return Err(Refusal::Conflict(format!(
+                "the remote has no release {}; look at the candidates",
+                version.tag()
+            )));
+        };
+        if found.commit != commit {
+            return Err(Refusal::Conflict(format!(
+                "{} is at {} now and not at {commit}: look at what that is before you accept it",
+                version.tag(),
+                found.commit
+            )));
+        }
+        let record = self.record().await?;
+        let from = remote.pinned(&record, &found.raw_ref, &commit).await.map_err(|e| unavailable(&e))?;
+        if from == commit {
+            return Err(Refusal::Conflict(format!(
+                "{} is where it always was: there is nothing to accept",
+                version.tag()
+            )));
+        }
+        let event = Event::MovedTagAccepted {
+            actor: actor.clone(),
+            reason: reason.to_owned(),
+            raw_ref: found.raw_ref.clone(),
+            from,
+            to: commit,
+        };
+        let record = self.commit(|_| Ok(Ok(event.clone()))).await?;
+        remote.look_anew().await;
+        Ok(record)
     }
 
     async fn accept_drift(&self, actor: &Actor, what: &[String], reason: &str) -> Result<Record, Refusal> {

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use utoipa::ToSchema;
 
-use crate::engine::api::{DowngradeRequest, StartRequest};
+use crate::engine::api::{DowngradeRequest, MovedTag, StartRequest};
 
 /// Contract §2, in characters.
 pub const REASON_MAX: usize = 280;
@@ -176,6 +176,36 @@ impl Lift {
             return invalid("`lift` is a version, or a commit's 40 hex digits");
         }
         Ok((self.lift, self.reason))
+    }
+}
+
+/// `POST /moved-tag`: at which commit a release may be started although its tag was at another one.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AcceptMovedTag {
+    /// `A.B.C`, with or without `v`.
+    #[schema(pattern = r"^v?(0|[1-9][0-9]{0,18})(\.(0|[1-9][0-9]{0,18})){2}$")]
+    version: String,
+    /// Where the tag is now: who accepts it has looked at exactly this.
+    #[schema(pattern = "^[0-9a-f]{40}$")]
+    commit_sha: String,
+    /// For the history; not only blanks.
+    #[schema(min_length = 1, max_length = 280, pattern = r"\S")]
+    reason: String,
+}
+
+impl AcceptMovedTag {
+    pub fn checked(self) -> Result<(MovedTag, String), BadBody> {
+        check_reason(&self.reason)?;
+        if self.reason.trim().is_empty() {
+            return invalid("say why: accepting a moved tag needs a `reason`");
+        }
+        let version = self.version.parse::<Version>().or_else(|error| invalid(error.to_string()))?;
+        if version.commit.is_some() {
+            return invalid("`version` names a commit, and a tag names a release: A.B.C");
+        }
+        let commit = CommitSha::new(self.commit_sha.as_str()).or_else(|error| invalid(error.to_string()))?;
+        Ok((MovedTag { version, commit }, self.reason))
     }
 }
 

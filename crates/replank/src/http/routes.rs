@@ -14,7 +14,9 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::auth::{Admin, Caller};
-use super::bodies::{self, AcceptDrift, Downgrade, Lift, Nothing, Reason, ResetReason, Rollback, Wanted};
+use super::bodies::{
+    self, AcceptDrift, AcceptMovedTag, Downgrade, Lift, Nothing, Reason, ResetReason, Rollback, Wanted,
+};
 use super::errors::ApiError;
 use super::extract::{Asked, Body, number};
 use super::glance::{self, Looker};
@@ -48,6 +50,7 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(reset))
         .routes(routes!(quarantine, lift_quarantine))
         .routes(routes!(accept_drift))
+        .routes(routes!(accept_moved_tag))
         .routes(routes!(escape_hatch))
         .routes(routes!(history))
         .routes(routes!(events::events));
@@ -263,6 +266,19 @@ async fn lift_quarantine(State(app): State<App>, Admin(caller): Admin, body: Bod
         Ok(app.engine.lift_quarantine(&caller.actor, &which, &reason).await?)
     };
     command(&app, &caller, "quarantine", tried).await
+}
+
+/// Let a release be started at the commit that its tag was moved to.
+#[utoipa::path(post, path = "/moved-tag", tag = "upgrade", security(("token" = ["admin"])), request_body = AcceptMovedTag, responses(
+    (status = 202, description = "Accepted", body = Row),
+    (status = 409, description = "The tag is at another commit, or where it always was, or it is not there"),
+))]
+async fn accept_moved_tag(State(app): State<App>, Admin(caller): Admin, body: Body) -> Accepted {
+    let tried = async {
+        let (tag, reason) = body.required::<AcceptMovedTag>()?.checked()?;
+        Ok(app.engine.accept_moved_tag(&caller.actor, tag, &reason).await?)
+    };
+    command(&app, &caller, "moved-tag", tried).await
 }
 
 /// Let upgrades start although what runs is not what was recorded: the row's `drift`, and no other.

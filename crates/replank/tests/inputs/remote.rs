@@ -92,12 +92,35 @@ fn a_moved_tag_is_refused_and_both_commits_are_named() {
     assert!(out.status.success() && text.contains(&first[..7]) && text.contains(&second[..7]), "{text}");
     refused(&rig.cli(&["start", "0.1.1", "--yes", "--no-wait"]), 3, &[&first, &second, "new version"]);
 
-    // Put back, it is what was pinned.
+    // An administrator may take it as it is now, and nothing else that it may become.
+    let accept = |version: &str, commit: &str| {
+        rig.cli(&["accept-moved-tag", version, "--commit", commit, "--reason", "it was on the wrong branch"])
+    };
+    refused(&accept("0.1.1", &first), 3, &[&second, "look at what that is"]);
+    refused(
+        &accept("0.1.0", &rig.status()["running_sha"].as_str().expect("a commit").to_owned()),
+        3,
+        &["where it always was"],
+    );
+    refused(&accept("0.7.0", &second), 3, &["no release v0.7.0"]);
+    let accepted = accept("0.1.1", &second);
+    assert!(accepted.status.success(), "{accepted:?}");
+    let out = rig.cli(&["candidates"]);
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    assert!(text.contains("1 release newer") && !text.contains("refused"), "{text}");
+    let told = rig.history().into_iter().find(|event| event["event"] == "moved_tag_accepted").expect("a line");
+    assert_eq!(
+        (told["ref"].as_str(), told["from_sha"].as_str(), told["sha"].as_str(), told["reason"].as_str()),
+        (Some("refs/tags/v0.1.1"), Some(first.as_str()), Some(second.as_str()), Some("it was on the wrong branch"))
+    );
+
+    // Put back, it is moved again.
     rig.repo.tag("v0.1.1", &first, "back").unwrap();
-    std::thread::sleep(FRESH);
+    refused(&accept("0.1.1", &second), 3, &[&first, "look at what that is"]);
+    rig.repo.tag("v0.1.1", &second, "and forth").unwrap();
     let row = rig.run("0.1.1");
     assert_eq!(row["state"], "succeeded", "{row}");
-    assert_eq!(row["running_sha"], first.as_str());
+    assert_eq!(row["running_sha"], second.as_str());
 }
 
 #[test]

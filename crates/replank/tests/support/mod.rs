@@ -201,6 +201,9 @@ impl Engine for Double {
     async fn lift_quarantine(&self, actor: &Actor, which: &str, reason: &str) -> Result<Record, Refusal> {
         self.command(&format!("lift {which} {reason}"), actor)
     }
+    async fn accept_moved_tag(&self, actor: &Actor, tag: MovedTag, reason: &str) -> Result<Record, Refusal> {
+        self.command(&format!("accept {} at {} {reason}", tag.version, tag.commit), actor)
+    }
     async fn accept_drift(&self, actor: &Actor, what: &[String], reason: &str) -> Result<Record, Refusal> {
         self.command(&format!("accept {} {reason}", what.join("; ")), actor)
     }
