@@ -216,10 +216,7 @@ impl Row {
             started_by: text(job.map(|j| &j.actor.name)),
             reason: text(job.map(|j| &j.reason)),
             entered_at: record.entered_at.rfc3339(),
-            mode: text(job.map(|j| match j.mode {
-                Mode::Single => "single",
-                Mode::BlueGreen => "blue_green",
-            })),
+            mode: text(job.map(|j| j.mode.name())),
             build_only: job.is_some_and(|j| j.build_only),
             serving: text(record.serving.as_ref().map(|d| &d.revision)),
             next_action: cut(&live.next_action, DETAIL_MAX),
