@@ -280,7 +280,7 @@ pub(super) fn choose(wanted: &Wanted, refs: &Refs, record: &Record, own: Option<
     }
 }
 
-fn release(tag: &TagRef) -> Target {
+pub(super) fn release(tag: &TagRef) -> Target {
     Target {
         kind: TargetKind::Release,
         version: tag.version.clone(),

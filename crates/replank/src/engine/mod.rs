@@ -7,9 +7,10 @@ mod commands;
 mod execute;
 mod fetch_log;
 mod reconcile;
+mod release;
 mod setup;
 
 pub use commands::LocalEngine;
 pub use reconcile::Reconciler;
 pub(crate) use reconcile::describe;
-pub use setup::{Ports, Recipes, Setup, Shared};
+pub use setup::{Ports, Reading, Recipes, Room, Setup, Shared};
