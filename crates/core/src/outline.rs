@@ -66,8 +66,10 @@ pub fn stages(from: Option<&Plan>, to: &Plan, mode: Mode) -> Vec<Stage> {
     if to.has_controller() {
         stages.push(Stage::HandOver);
     }
-    let changes =
-        [(old(Overlap::StartAfterCutover), Stage::StopOldLate as fn(_) -> _), (late, Stage::StartNewLate as fn(_) -> _)];
+    let changes = [
+        (old(Overlap::StartAfterCutover), Stage::StopOldLate as fn(_) -> _),
+        (late, Stage::StartNewLate as fn(_) -> _),
+    ];
     stages.extend(changes.into_iter().filter(|(names, _)| !names.is_empty()).map(|(names, stage)| stage(names)));
     if mode == Mode::BlueGreen && from.is_some() {
         stages.push(Stage::Confirm);

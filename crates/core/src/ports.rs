@@ -316,13 +316,7 @@ pub trait Source: Send + Sync + fmt::Debug {
     /// Looks into the pinned commit without a job: one file by its path from the root, of at most `max` bytes, and the commits
     /// since `since`, which are none where that is absent. Leaves nothing behind. Signatures are not looked at: what is seen may
     /// inform and refuse, and never stands for what a fetch finds. A fault where nothing could be had.
-    async fn peek(
-        &self,
-        target: &Target,
-        since: Option<&CommitSha>,
-        path: &str,
-        max: usize,
-    ) -> Result<Peeked, Fault>;
+    async fn peek(&self, target: &Target, since: Option<&CommitSha>, path: &str, max: usize) -> Result<Peeked, Fault>;
     /// Clones the pinned commit for a job, or finds the tree that is already there. Never returns another commit: where the
     /// remote gives one, the fault is permanent and names both. Where signatures are asked for, one is checked each time.
     async fn fetch(&self, job: &JobId, target: &Target, log: &dyn Log) -> Result<Tree, Fault>;

@@ -144,8 +144,9 @@ fn plan(containers: &[(&str, Overlap)]) -> Plan {
 #[test]
 fn stages_come_in_the_order_of_a_swap() {
     use Overlap::*;
-    let names =
-        |names: &[&str]| names.iter().map(|name| ContainerName::new(*name).unwrap()).collect::<std::collections::BTreeSet<_>>();
+    let names = |names: &[&str]| {
+        names.iter().map(|name| ContainerName::new(*name).unwrap()).collect::<std::collections::BTreeSet<_>>()
+    };
     let both = plan(&[("api", Allowed), ("beat", StartAfterCutover), ("ctl", Allowed), ("worker", StopOldFirst)]);
     let expect = vec![
         Stage::StopOld(names(&["worker"])),
@@ -164,10 +165,7 @@ fn stages_come_in_the_order_of_a_swap() {
     assert_eq!(stages(Some(&both), &both, Mode::Single), single);
     // Where nothing ran, nothing stops, and there is nobody to stay warm.
     let plain = plan(&[("api", Allowed)]);
-    assert_eq!(
-        stages(None, &plain, Mode::BlueGreen),
-        [Stage::StartNew(names(&["api"])), Stage::Prove, Stage::CutOver]
-    );
+    assert_eq!(stages(None, &plain, Mode::BlueGreen), [Stage::StartNew(names(&["api"])), Stage::Prove, Stage::CutOver]);
 }
 
 #[test]

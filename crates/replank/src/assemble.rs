@@ -351,8 +351,9 @@ impl Recipes for ReleaseRecipes {
         running: Option<&Deployment>,
     ) -> Result<Reading, Fault> {
         let manifest = match manifest {
-            Some(bytes) => manifest::Manifest::parse_bytes(bytes)
-                .map_err(|problems| unfit(version, &problems.in_one_line()))?,
+            Some(bytes) => {
+                manifest::Manifest::parse_bytes(bytes).map_err(|problems| unfit(version, &problems.in_one_line()))?
+            }
             None => manifest::Manifest::default(),
         };
         let recipes = manifest::recipes(&self.settings, &manifest, version)

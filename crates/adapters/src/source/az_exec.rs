@@ -264,13 +264,7 @@ impl Source for AzExecSource {
 
     /// The channel's git may clone, and nothing of a clone can be read or removed through it. So a look is made by this machine's
     /// own git; where there is none, nothing can be said before the fetch.
-    async fn peek(
-        &self,
-        target: &Target,
-        since: Option<&CommitSha>,
-        path: &str,
-        max: usize,
-    ) -> Result<Peeked, Fault> {
+    async fn peek(&self, target: &Target, since: Option<&CommitSha>, path: &str, max: usize) -> Result<Peeked, Fault> {
         self.git.look(target, since, path, max).await.map_err(|fault| match fault.class {
             Class::Permanent => not_here(&fault),
             Class::Transient | Class::Conflict | Class::Indeterminate => fault,

@@ -94,7 +94,10 @@ async fn looks(source: &dyn Source, world: &World, target: &Target, other: &Comm
     ensure!(first.commits.as_ref().is_ok_and(|c| c.commits.is_empty()), "without a beginning there is no between");
     let older = Target { commit: other.clone(), ..target.clone() };
     let seen = peek(&older, Some(&target.commit), name, 1_000).await?;
-    ensure!(seen.file != FileSeen::Holds(content.clone()), "what is seen is of the pinned commit, whatever the tag says");
+    ensure!(
+        seen.file != FileSeen::Holds(content.clone()),
+        "what is seen is of the pinned commit, whatever the tag says"
+    );
     ensure!(seen.commits.as_ref().is_ok_and(|c| c.more), "a commit that was not met is told: {:?}", seen.commits);
     ensure!(source.peek(target, None, "../x", 10).await.is_err(), "a path leads out");
     Ok(())

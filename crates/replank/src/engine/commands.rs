@@ -16,9 +16,8 @@ use replank_core::words::{CommitSha, ComponentName, IdempotencyKey, JobId, Milli
 use tokio::sync::watch;
 
 use super::api::{Candidates, Engine, Live, LogRead, Preflight, PreflightImage, Refusal, StartRequest};
-use super::candidates::{
-    Age, FRESH_MS, Remote, Running, Wanted, choose, newest, offer, release as target_of, wanted,
-};
+use super::candidates::{Age, FRESH_MS, Remote, Running, Wanted, choose, newest, offer, release as target_of, wanted};
+use super::planned::{PlanRequest, UpgradePlan};
 use super::reconcile::describe;
 use super::release::{self, Looks, START_WAITS};
 use super::setup::{Ports, Setup, Shared};
@@ -96,7 +95,7 @@ impl LocalEngine {
         Ok(found.first().is_some_and(|line| line == last))
     }
 
-    async fn load(&self) -> Result<(Record, replank_core::ports::Etag), Refusal> {
+    pub(super) async fn load(&self) -> Result<(Record, replank_core::ports::Etag), Refusal> {
         match self.ports.ledger.load().await {
             Ok(Some(found)) => Ok(found),
             Ok(None) => {
@@ -188,7 +187,7 @@ fn refusal(refused: Refused) -> Refusal {
     Refusal::Conflict(refused.to_string())
 }
 
-pub(super) fn unavailable(error: &LedgerError) -> Refusal {
+fn unavailable(error: &LedgerError) -> Refusal {
     let text = describe(error);
     tracing::error!(error = %text, "the ledger refused a command");
     Refusal::Unavailable(text)
@@ -325,6 +324,10 @@ impl Engine for LocalEngine {
             Ok(Ok(Event::Start { job: Box::new(job.clone()), override_quarantine }))
         })
         .await
+    }
+
+    async fn plan(&self, request: PlanRequest) -> Result<UpgradePlan, Refusal> {
+        self.make_plan(request).await
     }
 
     async fn rollback(&self, actor: &Actor, reason: &str, data_restored: bool) -> Result<Record, Refusal> {

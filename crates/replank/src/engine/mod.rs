@@ -6,6 +6,8 @@ mod clean_up;
 mod commands;
 mod execute;
 mod fetch_log;
+mod plan;
+pub mod planned;
 mod reconcile;
 mod release;
 mod setup;

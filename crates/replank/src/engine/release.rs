@@ -144,7 +144,12 @@ pub(super) async fn read(
 }
 
 /// Why a start of this release is refused; `None` where nothing is known that stands against it.
-pub(super) fn refused(manifest: &Word, running: Option<&Deployment>, accept_one_way: bool, to: &Version) -> Option<Told> {
+pub(super) fn refused(
+    manifest: &Word,
+    running: Option<&Deployment>,
+    accept_one_way: bool,
+    to: &Version,
+) -> Option<Told> {
     match manifest {
         Word::Unknown(_) => None,
         Word::Unfit(told) => Some(told.clone()),

@@ -55,12 +55,8 @@ impl Reading {
 #[async_trait]
 pub trait Recipes: Send + Sync + std::fmt::Debug {
     /// By the content of the manifest alone; `None`: the release has none. Faults are permanent: it is not what it may be.
-    fn judge(
-        &self,
-        manifest: Option<&[u8]>,
-        version: &Version,
-        running: Option<&Deployment>,
-    ) -> Result<Reading, Fault>;
+    fn judge(&self, manifest: Option<&[u8]>, version: &Version, running: Option<&Deployment>)
+    -> Result<Reading, Fault>;
     /// The same of a fetched tree, which has to hold all that is named. Permanent faults name what the release lacks or may not
     /// set.
     async fn recipes(&self, tree: &Tree, version: &Version, running: Option<&Deployment>) -> Result<Fetched, Fault>;

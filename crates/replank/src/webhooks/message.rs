@@ -129,8 +129,7 @@ impl Message {
             if let Some(start) = page.iter().rev().filter_map(Entry::read).find(is_start) {
                 let by = start.get("actor").and_then(|actor| actor.get("name")).and_then(Value::as_str);
                 self.data.insert("job".to_owned(), json!({ "id": job, "started_by": cut(by.unwrap_or_default()) }));
-                let versions =
-                    json!({ "from": start.text("from_version"), "target": start.text("target_version") });
+                let versions = json!({ "from": start.text("from_version"), "target": start.text("target_version") });
                 self.data.insert("versions".to_owned(), versions);
                 break;
             }

@@ -252,6 +252,7 @@ fn commit(line: &str) -> Option<CommitSeen> {
 
 /// As a fault tells it: nothing of a release's words steers a terminal.
 pub(in crate::source) fn not_here(fault: &Fault) -> Fault {
-    Fault::permanent(tame(fault.chain().as_bytes()))
-        .advice("install git 2.37 or later where Replank runs, or leave it to the fetch: the exec channel reads no file")
+    Fault::permanent(tame(fault.chain().as_bytes())).advice(
+        "install git 2.37 or later where Replank runs, or leave it to the fetch: the exec channel reads no file",
+    )
 }

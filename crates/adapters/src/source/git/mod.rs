@@ -246,13 +246,7 @@ impl Source for GitSource {
         self.ask(&addresses, &prefixes).await
     }
 
-    async fn peek(
-        &self,
-        target: &Target,
-        since: Option<&CommitSha>,
-        path: &str,
-        max: usize,
-    ) -> Result<Peeked, Fault> {
+    async fn peek(&self, target: &Target, since: Option<&CommitSha>, path: &str, max: usize) -> Result<Peeked, Fault> {
         self.look(target, since, path, max).await
     }
 
