@@ -30,7 +30,7 @@ const REASON_MAX: usize = 280;
 pub(super) const START_REFS_MS: u64 = 10 * 60_000;
 /// Somebody who starts what was published a moment ago gets it, and a script that asks for what is not there does not
 /// hammer the remote.
-const MISSED_REFS_MS: u64 = 2_000;
+pub(super) const MISSED_REFS_MS: u64 = 2_000;
 /// Longest wait for a word about one image of the way back: who rolls back is in a hurry, and no word is no refusal.
 const IMAGE_LOOK_MAX: Duration = Duration::from_secs(5);
 /// A loop that has not turned for this long is stuck; its longest regular step is an observation of at most a minute.

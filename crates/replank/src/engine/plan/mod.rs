@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 
 use super::api::{Refusal, StartRequest};
 use super::candidates::{Age, Wanted, choose, wanted};
-use super::commands::{LocalEngine, START_REFS_MS};
+use super::commands::{LocalEngine, MISSED_REFS_MS, START_REFS_MS};
 use super::planned::{
     Change, Check, Commit, Commits, Data, Downtime, PhaseTime, PlanRequest, PlannedContainer, PlannedImage,
     PlannedStep, Prediction, UpgradePlan,
@@ -157,7 +157,16 @@ impl LocalEngine {
                 refs
             }
         };
-        choose(wanted, &refs, record, self.setup.own_version.as_ref())
+        let own = self.setup.own_version.as_ref();
+        let refusal = match choose(wanted, &refs, record, own) {
+            Ok(target) => return Ok(target),
+            Err(refusal) => refusal,
+        };
+        // What was just published may not be in the last look yet.
+        match remote.refs(Age::Good(MISSED_REFS_MS)).await {
+            Ok(refs) => choose(wanted, &refs, record, own),
+            Err(_) => Err(refusal),
+        }
     }
 
     /// Whether the images that would be the way back are there: without them the job fails before the swap.
