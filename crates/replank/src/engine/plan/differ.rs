@@ -27,6 +27,12 @@ fn walk(value: &Value, at: &str, depth: usize, found: &mut BTreeMap<String, Valu
                 walk(field, &path, depth + 1, found);
             }
         }
+        // Element by element, as there may be variables in them.
+        Value::Array(list) if depth < DEPTH_MAX && list.iter().any(|one| one.is_object() || one.is_array()) => {
+            for (index, one) in list.iter().enumerate() {
+                walk(one, &format!("{at}.{index}"), depth + 1, found);
+            }
+        }
         Value::Null => {}
         other => _ = found.insert(at.to_owned(), other.clone()),
     }
@@ -41,7 +47,9 @@ pub fn differences(old: &Value, new: &Value) -> BTreeMap<String, (String, String
 
 fn shown(path: &str, value: Option<&Value>) -> String {
     let Some(value) = value else { return String::new() };
-    if path.split('.').any(|part| HIDDEN.contains(&part)) {
+    let is_deep = |value: &Value| value.is_object() || value.is_array();
+    let holds_more = value.is_object() || value.as_array().is_some_and(|list| list.iter().any(is_deep));
+    if holds_more || path.split('.').any(|part| HIDDEN.contains(&part)) {
         return NOT_SHOWN.to_owned();
     }
     let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
@@ -57,7 +65,7 @@ mod tests {
     #[test]
     fn what_differs_is_told_by_path_and_no_variable_s_value_is() {
         let old = json!({"a": {"b": 1, "same": [1, 2], "env": {"KEY": "hunter2", "GONE": "x"}}, "nil": null});
-        let new = json!({"a": {"b": 2, "same": [1, 2], "env": {"KEY": "hunter3"}}, "list": ["x"], "secrets": {"S": 1}});
+        let new = json!({"a": {"b": 2, "same": [1, 2], "env": {"KEY": "hunter3"}}, "list": ["x"], "secrets": {"S": 1}, "steps": [{"run": {"env": {"KEY": "hunter4"}}}]});
         let told = differences(&old, &new);
         let expect = [
             ("a.b", "1", "2"),
@@ -65,6 +73,7 @@ mod tests {
             ("a.env.KEY", NOT_SHOWN, NOT_SHOWN),
             ("list", "", "[\"x\"]"),
             ("secrets.S", "", NOT_SHOWN),
+            ("steps.0.run.env.KEY", "", NOT_SHOWN),
         ];
         let got: Vec<_> = told.iter().map(|(path, (from, to))| (path.as_str(), from.as_str(), to.as_str())).collect();
         assert_eq!(got, expect);
