@@ -60,7 +60,7 @@ fn events(line: &Entry) -> Vec<Event> {
     if ["snapshot_dropped", "way_back_lost"].contains(&line.event()) {
         events.push(Event::WayBackLost);
     }
-    if text(line, "event") == "drift_seen" {
+    if line.event() == "drift_seen" {
         events.push(Event::Drift);
     }
     events
