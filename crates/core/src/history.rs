@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::phase::State;
 use crate::record::Head;
 use crate::words::{Digest, JobId, Millis};
 
@@ -32,6 +33,48 @@ impl Audit {
 pub struct Line {
     pub seq: u64,
     pub bytes: Vec<u8>,
+}
+
+/// A stored line taken apart, for whoever reads the history to learn from it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Entry(Map<String, Value>);
+
+impl Entry {
+    /// `None` where it is no JSON object: the verification of the history tells that, and nobody else has to.
+    pub fn read(line: &Line) -> Option<Self> {
+        serde_json::from_slice(&line.bytes).ok().map(Self)
+    }
+
+    pub fn get(&self, name: &str) -> Option<&Value> {
+        self.0.get(name)
+    }
+
+    /// A field's text; empty where there is none.
+    pub fn text(&self, name: &str) -> &str {
+        self.get(name).and_then(Value::as_str).unwrap_or_default()
+    }
+
+    pub fn event(&self) -> &str {
+        self.text("event")
+    }
+
+    /// Empty for what belongs to no job.
+    pub fn job(&self) -> &str {
+        self.text("job_id")
+    }
+
+    pub fn at(&self) -> Option<Millis> {
+        Millis::parse(self.text("ts"))
+    }
+
+    /// The state that the line led to, where it changed that.
+    pub fn state(&self) -> Option<State> {
+        State::named(self.text("state"))
+    }
+
+    pub fn is(&self, flag: &str) -> bool {
+        self.get(flag) == Some(&Value::Bool(true))
+    }
 }
 
 /// Chains events to the end of the history. The new head goes into the record in the same commit.

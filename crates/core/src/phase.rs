@@ -282,7 +282,22 @@ pub enum State {
     RollbackFailed,
 }
 
+impl Mode {
+    /// As rows and lines write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Single => "single",
+            Self::BlueGreen => "blue_green",
+        }
+    }
+}
+
 impl State {
+    /// The state of that name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|state| state.name() == name)
+    }
+
     pub const ALL: [State; 14] = [
         Self::Idle,
         Self::Queued,

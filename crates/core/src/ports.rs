@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
 use crate::data::DataStep;
-use crate::fault::Fault;
+use crate::fault::{Fault, Told};
 use crate::history::Line;
 use crate::image::{ImageId, Images};
 use crate::phase::{Built, Fetched, Recipe};
@@ -262,6 +262,47 @@ pub struct Tree {
     pub signed_by: Option<String>,
 }
 
+/// A file of a commit, as far as a look without a job can tell.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum FileSeen {
+    Absent,
+    Holds(Vec<u8>),
+    /// Whoever looks, now or after the fetch, will find it unfit: why.
+    Unfit(Told),
+    /// It cannot be said before the release is fetched: why.
+    Unknown(String),
+}
+
+/// A commit as its author wrote it: hostile text, cut to a bounded length and neither masked nor made visible.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CommitSeen {
+    pub id: CommitSha,
+    pub author: String,
+    /// When it was committed, by its own word.
+    pub at: Millis,
+    pub subject: String,
+}
+
+/// The commits between two, newest first.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct CommitsSeen {
+    /// At most [`COMMITS_MAX`].
+    pub commits: Vec<CommitSeen>,
+    /// There are more, or the older commit was not met among the newest ones, so that some of these may not be between.
+    pub more: bool,
+}
+
+/// Most commits of one look: a person reads no more, and a history without end costs no more.
+pub const COMMITS_MAX: usize = 200;
+
+/// What a commit holds, looked at before there is a job.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Peeked {
+    pub file: FileSeen,
+    /// Where they cannot be had: why.
+    pub commits: Result<CommitsSeen, String>,
+}
+
 #[async_trait]
 pub trait Source: Send + Sync + fmt::Debug {
     /// The remote as it may be shown: without userinfo.
@@ -272,6 +313,10 @@ pub trait Source: Send + Sync + fmt::Debug {
     }
     /// Looks at the remote; nothing is written.
     async fn refs(&self) -> Result<Refs, Fault>;
+    /// Looks into the pinned commit without a job: one file by its path from the root, of at most `max` bytes, and the commits
+    /// since `since`, which are none where that is absent. Leaves nothing behind. Signatures are not looked at: what is seen may
+    /// inform and refuse, and never stands for what a fetch finds. A fault where nothing could be had.
+    async fn peek(&self, target: &Target, since: Option<&CommitSha>, path: &str, max: usize) -> Result<Peeked, Fault>;
     /// Clones the pinned commit for a job, or finds the tree that is already there. Never returns another commit: where the
     /// remote gives one, the fault is permanent and names both. Where signatures are asked for, one is checked each time.
     async fn fetch(&self, job: &JobId, target: &Target, log: &dyn Log) -> Result<Tree, Fault>;

@@ -454,7 +454,9 @@ pub fn apply_as(record: &Record, event: &Event, now: Millis, reads: u32) -> Resu
                 .with("target_version", job.target.version.to_string())
                 .with("target_sha", job.target.commit.as_str())
                 .with("from_version", record.running.as_ref().map_or(String::new(), |r| r.version.to_string()))
-                .with("reason", job.reason.clone());
+                .with("reason", job.reason.clone())
+                .with("mode", job.mode.name())
+                .with("build_only", job.build_only);
             if *override_quarantine && new.quarantine.remove(&job.target.commit).is_some() {
                 audit = audit.with("override", "quarantine");
             }

@@ -170,6 +170,11 @@ impl Millis {
             Err(_) => String::new(),
         }
     }
+
+    /// The time that a text of [`Millis::rfc3339`]'s form names.
+    pub fn parse(text: &str) -> Option<Millis> {
+        text.parse::<jiff::Timestamp>().ok().map(|at| Millis(at.as_millisecond()))
+    }
 }
 
 /// A release version `A.B.C`, or a commit on top of one, `A.B.C-commit.<7..40 hex>` (contract §1).

@@ -28,14 +28,12 @@ use replank_core::words::{InstallationId, RevisionId, Version};
 
 use crate::config::env::Environment;
 use crate::config::{ExecSettings, RegistrySettings, Settings, manifest};
-use crate::engine::{LocalEngine, Ports, Recipes, Setup, Shared};
+use crate::doctor::{self, Checked};
+use crate::engine::{LocalEngine, Ports, Reading, Recipes, Room, Setup, Shared};
 use crate::lock::ControllerLock;
 use crate::system::{SystemClock, SystemIds};
 use crate::telemetry::{Telemetry, Watched};
 use crate::webhooks::{Hook, Secret};
-
-/// Largest release manifest: it is text written by people.
-const MANIFEST_MAX: usize = 256 * 1024;
 
 /// One controller, ready to run.
 #[derive(Debug)]
@@ -111,6 +109,7 @@ pub async fn controller(settings: &Settings, env: &Environment) -> anyhow::Resul
         secrets,
         reads_format: replank_core::format::FORMAT,
         recipes: Arc::new(ReleaseRecipes { settings: settings.clone(), source: parts.source }),
+        room: Arc::new(HostRoom(settings.clone())),
     });
     let shared = Arc::new(Shared::new(telemetry));
     let engine = Arc::new(LocalEngine::new(ports.clone(), setup.clone(), shared.clone()));
@@ -339,34 +338,58 @@ struct ReleaseRecipes {
     source: Option<Arc<dyn Source>>,
 }
 
+fn unfit(version: &Version, what: &str) -> Fault {
+    Fault::permanent(format!("release {version} cannot be built: {what}")).advice("mend the release, or replank.toml")
+}
+
 #[async_trait]
 impl Recipes for ReleaseRecipes {
-    async fn recipes(&self, tree: &Tree, version: &Version, running: Option<&Deployment>) -> Result<Fetched, Fault> {
-        let refused = |what: String| {
-            Fault::permanent(format!("release {version} cannot be built: {what}"))
-                .advice("mend the release, or replank.toml")
-        };
-        let bytes = match &self.source {
-            Some(source) => source.read(tree, manifest::FILE, MANIFEST_MAX).await?,
-            None => None,
-        };
-        let manifest = match bytes {
+    fn judge(
+        &self,
+        manifest: Option<&[u8]>,
+        version: &Version,
+        running: Option<&Deployment>,
+    ) -> Result<Reading, Fault> {
+        let manifest = match manifest {
             Some(bytes) => {
-                manifest::Manifest::parse_bytes(&bytes).map_err(|problems| refused(problems.in_one_line()))?
+                manifest::Manifest::parse_bytes(bytes).map_err(|problems| unfit(version, &problems.in_one_line()))?
             }
             None => manifest::Manifest::default(),
         };
-        let missing = manifest.missing(&self.settings, running.map(|r| &r.version));
-        if !missing.is_empty() {
-            return Err(refused(missing.join("; ")));
+        let recipes = manifest::recipes(&self.settings, &manifest, version)
+            .map_err(|error| unfit(version, &error.to_string()))?;
+        let fetched = Fetched { recipes, manifest: manifest.to_json(), signed_by: None };
+        let missing = manifest.missing(&self.settings, running.map(|running| &running.version));
+        Ok(Reading { fetched, missing, notes: manifest.notes })
+    }
+
+    async fn recipes(&self, tree: &Tree, version: &Version, running: Option<&Deployment>) -> Result<Fetched, Fault> {
+        let bytes = match &self.source {
+            Some(source) => source.read(tree, manifest::FILE, manifest::SIZE_MAX).await?,
+            None => None,
+        };
+        let reading = self.judge(bytes.as_deref(), version, running)?;
+        if let Some(told) = reading.refused(version) {
+            return Err(Fault::new(told.class, told.what).advice(told.advice));
         }
-        let recipes =
-            manifest::recipes(&self.settings, &manifest, version).map_err(|error| refused(error.to_string()))?;
+        let fetched = Fetched { signed_by: tree.signed_by.clone(), ..reading.fetched };
         if let Some(source) = &self.source {
-            for (component, recipe) in &recipes {
+            for (component, recipe) in &fetched.recipes {
                 source.check_paths(tree, component.as_str(), &recipe.dockerfile, &recipe.context).await?;
             }
         }
-        Ok(Fetched { recipes, manifest: manifest.to_json(), signed_by: tree.signed_by.clone() })
+        Ok(fetched)
+    }
+}
+
+/// Looks at disk and memory as `replank doctor` does.
+#[derive(Debug)]
+struct HostRoom(Settings);
+
+#[async_trait]
+impl Room for HostRoom {
+    async fn look(&self) -> Vec<Checked> {
+        // What is looked at here reads nothing of the environment.
+        doctor::room(doctor::Patient { settings: &self.0, env: &Environment::default() }).await
     }
 }

@@ -65,6 +65,7 @@ async fn help_teaches_every_command() {
         "status",
         "candidates",
         "check",
+        "plan",
         "start",
         "rollback",
         "cancel",
@@ -345,4 +346,22 @@ async fn tokens_go_into_new_private_files_only() {
     ] {
         assert_eq!(tokens::lifetime(text).ok(), expect, "{text:?}");
     }
+}
+
+#[tokio::test]
+async fn a_plan_that_would_be_refused_has_an_exit_code_of_its_own() {
+    let world = World::new().await;
+    let out = world.run(&["plan", "0.2.0"]).await;
+    let shown = text(&out.stdout);
+    assert_eq!(out.status.code(), Some(3), "{shown}{}", text(&out.stderr));
+    for part in ["0.1.0 → 0.2.0", "would be refused: it is one-way", "takes", "unknown", "remote is away", "<U+202E>"]
+    {
+        assert!(shown.contains(part), "{part:?} is not in {shown}");
+    }
+    assert!(!shown.contains(['\u{1b}', '\u{202e}']), "{shown:?}");
+    let out = world.run(&["plan", "--accept-one-way", "--json"]).await;
+    assert!(out.status.success(), "{}", text(&out.stderr));
+    let plan: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!((&plan["to_version"], &plan["prediction"]["total_p50_ms"]), (&"0.2.0".into(), &serde_json::Value::Null));
+    assert_eq!(world.run(&["plan", "a b&c"]).await.status.code(), Some(2));
 }

@@ -11,13 +11,13 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use replank::engine::api::{Engine as _, Refusal, StartRequest};
-use replank::engine::{LocalEngine, Ports, Recipes, Reconciler, Setup, Shared};
+use replank::engine::{LocalEngine, Ports, Reading, Recipes, Reconciler, Room, Setup, Shared};
 use replank::system::SystemIds;
 use replank_adapters::ledger::sqlite::SqliteLedger;
 use replank_adapters::logs::sqlite::SqliteLogs;
 use replank_adapters::sqlite::Store;
 use replank_core::event::Event;
-use replank_core::fault::Fault;
+use replank_core::fault::{Fault, Told};
 use replank_core::history::Line;
 use replank_core::image::ImageId;
 use replank_core::phase::*;
@@ -44,6 +44,9 @@ struct Remote {
     clock: Arc<Hand>,
     /// Only signed tags are accepted.
     signed: AtomicBool,
+    /// What a look into a commit finds; it never comes back where there is nothing.
+    peeked: Mutex<Option<Result<FileSeen, Told>>>,
+    looked_into: AtomicU32,
 }
 
 impl Remote {
@@ -82,6 +85,16 @@ impl Source for Remote {
         self.clock.0.fetch_add(self.takes.load(Ordering::SeqCst), Ordering::SeqCst);
         let away = || Fault::transient("the git remote cannot be reached").advice("look at its machine");
         Ok(Refs { tags: self.tags.lock().unwrap().clone().ok_or_else(away)?, branch: None })
+    }
+    async fn peek(&self, _: &Target, _: Option<&CommitSha>, path: &str, _: usize) -> Result<Peeked, Fault> {
+        self.looked_into.fetch_add(1, Ordering::SeqCst);
+        assert_eq!(path, ".replank.toml");
+        let answer = self.peeked.lock().unwrap().clone();
+        match answer {
+            Some(Ok(file)) => Ok(Peeked { file, commits: Ok(CommitsSeen::default()) }),
+            Some(Err(told)) => Err(Fault::new(told.class, told.what).advice(told.advice)),
+            None => std::future::pending().await,
+        }
     }
     async fn fetch(&self, _: &JobId, _: &Target, log: &dyn Log) -> Result<Tree, Fault> {
         log.write(Stream::Stdout, b"$ git clone --depth 1 https://git.test/shop.git\n");
@@ -150,6 +163,18 @@ impl Builder for Nothing {
 
 #[async_trait]
 impl Recipes for Nothing {
+    /// As the words of the manifest say: what is missing, and whether it is one-way.
+    fn judge(&self, manifest: Option<&[u8]>, _: &Version, _: Option<&Deployment>) -> Result<Reading, Fault> {
+        let text = String::from_utf8_lossy(manifest.unwrap_or_default()).into_owned();
+        if text == "nonsense" {
+            return Err(Fault::permanent("the manifest is no manifest").advice("mend the release"));
+        }
+        let missing = text.strip_prefix("needs ").map(|what| format!("the release needs {what}: set it"));
+        let one_way = serde_json::json!({ "schema": "one-way" });
+        let manifest = if text == "one-way" { one_way } else { Value::Null };
+        let fetched = Fetched { manifest, ..Fetched::default() };
+        Ok(Reading { fetched, missing: missing.into_iter().collect(), notes: String::new() })
+    }
     async fn recipes(&self, _: &Tree, _: &Version, _: Option<&Deployment>) -> Result<Fetched, Fault> {
         panic!("{NEVER}")
     }
@@ -212,6 +237,13 @@ impl Ledger for LosesAnAnswer {
     }
 }
 
+#[async_trait]
+impl Room for Nothing {
+    async fn look(&self) -> Vec<replank::doctor::Checked> {
+        vec![]
+    }
+}
+
 struct World {
     engine: LocalEngine,
     remote: Arc<Remote>,
@@ -235,6 +267,8 @@ impl World {
             takes: AtomicI64::new(0),
             clock: clock.clone(),
             signed: AtomicBool::new(false),
+            peeked: Mutex::new(Some(Ok(FileSeen::Absent))),
+            looked_into: AtomicU32::new(0),
         };
         let remote = Arc::new(remote);
         let ports = Ports {
@@ -260,6 +294,7 @@ impl World {
             components: vec![name("api")],
             secrets: vec![SECRET.to_owned()],
             recipes: Arc::new(Nothing),
+            room: Arc::new(Nothing),
             reads_format: replank_core::format::FORMAT,
         });
         let shared = Arc::new(Shared::default());
@@ -520,4 +555,66 @@ async fn a_confirmation_keeps_its_reason() {
     let kept = &events[events.len() - 1];
     assert_eq!((&kept["event"], &kept["reason"]), (&"kept".into(), &"the numbers are fine".into()), "{events:?}");
     assert_eq!(kept["actor"]["name"], "alice");
+}
+
+#[tokio::test]
+async fn what_a_release_says_of_itself_refuses_a_start_before_there_is_a_job() {
+    let seen = |text: &str| Some(Ok(FileSeen::Holds(text.as_bytes().to_vec())));
+    let too_large = Told::permanent("\".replank.toml\" is larger than 9 bytes", "make the file smaller");
+    for (peeked, accept_one_way, expect) in [
+        (seen("nonsense"), true, Some("is no manifest; mend the release")),
+        (seen("needs TOKEN"), true, Some("the release needs TOKEN: set it; mend")),
+        (Some(Ok(FileSeen::Unfit(too_large))), false, Some("larger than 9 bytes; make the file smaller")),
+        (seen("one-way"), false, Some("one-way; make sure of a backup")),
+        (seen("one-way"), true, None),
+        (seen("fine"), false, None),
+        (Some(Ok(FileSeen::Absent)), false, None),
+        // What is not known refuses nothing: the fetch sees it.
+        (Some(Ok(FileSeen::Unknown("it is a link".to_owned()))), false, None),
+        (Some(Err(Told::permanent("git cannot be run", ""))), false, None),
+        (None, false, None),
+    ] {
+        let world = World::of_remote().await;
+        world.remote.offers(&["0.2.0"]);
+        let case = format!("{peeked:?} {accept_one_way}");
+        *world.remote.peeked.lock().unwrap() = peeked;
+        let request = StartRequest { accept_one_way, ..start() };
+        let begun = Instant::now();
+        let started = world.engine.start(&alice(), request).await;
+        assert!(begun.elapsed() < Duration::from_secs(20), "{case}: a click waits for no remote");
+        match (started, expect) {
+            (Ok(record), None) => assert_eq!(record.phase.state(), State::Queued, "{case}"),
+            (Err(Refusal::Conflict(why)), Some(part)) => {
+                assert!(why.contains(part), "{case}: {why}");
+                assert!(world.events().await.is_empty(), "{case}: no job was begun");
+            }
+            (other, _) => panic!("{case}: {other:?}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_commit_is_looked_into_once_and_a_failure_is_kept_for_15_seconds() {
+    let world = World::of_remote().await;
+    world.remote.offers(&["0.2.0"]);
+    let looks = || world.remote.looked_into.load(Ordering::SeqCst);
+    *world.remote.peeked.lock().unwrap() = Some(Err(Told::permanent("away", "")));
+    // The look at the remote begins it, and waits for nothing.
+    world.engine.check(&alice()).await.unwrap();
+    world.engine.start(&alice(), start()).await.unwrap();
+    assert_eq!(looks(), 1);
+    world.engine.cancel(&alice(), "").await.unwrap();
+    let nonsense = Some(Ok(FileSeen::Holds(b"nonsense".to_vec())));
+    *world.remote.peeked.lock().unwrap() = nonsense;
+    world.engine.start(&alice(), start()).await.unwrap();
+    world.engine.cancel(&alice(), "").await.unwrap();
+    assert_eq!(looks(), 1, "a failure is not asked for again at once");
+    world.later(15_000);
+    let request = || async { world.engine.start(&alice(), start()).await };
+    let refused = futures_util::future::join_all((0..8).map(|_| request())).await;
+    assert!(refused.iter().all(|r| matches!(r, Err(Refusal::Conflict(_)))), "{refused:?}");
+    assert_eq!(looks(), 2, "all who ask share one look");
+    world.later(9 * 60_000);
+    assert!(request().await.is_err());
+    assert_eq!(looks(), 2, "a commit never changes");
 }

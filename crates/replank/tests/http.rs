@@ -102,6 +102,8 @@ async fn every_route_knows_who_may() {
         ("POST", "/api/upgrade/check", "", 401, 200, 200),
         ("POST", "/api/upgrade/settings", r#"{"track_commits":false}"#, 401, 200, 200),
         ("GET", "/api/upgrade/history", "", 401, 200, 200),
+        ("GET", "/api/upgrade/plan", "", 401, 200, 200),
+        ("GET", "/api/upgrade/plan?target_version=0.2.0&accept_one_way=true", "", 401, 200, 200),
         ("POST", "/api/upgrade/start", start, 401, 403, 202),
         ("POST", "/api/upgrade/rollback", "", 401, 403, 202),
         ("POST", "/api/upgrade/cancel", "", 401, 403, 202),
@@ -219,6 +221,8 @@ async fn bad_requests_have_the_contract_s_codes() {
         ("jobs/job-1/build-log/api?from=-1", 400),
         ("jobs/job-1/build-log/api?follow=maybe", 400),
         ("jobs/job-9/build-log/api", 404),
+        ("plan?accept_one_way=maybe", 400),
+        ("plan?remote=https://evil.test/x.git", 400),
     ] {
         let answer = get(&server, ADMIN, &format!("/api/upgrade/{path}")).await;
         assert_eq!(answer.status, expect, "{path}: {}", answer.body);

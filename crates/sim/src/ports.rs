@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use replank::engine::Recipes;
+use replank::doctor::Checked;
+use replank::engine::{Reading, Recipes, Room};
 use replank_core::data::DataStep;
 use replank_core::fault::{Class, Fault};
 use replank_core::format::{self, FORMATS_LABEL};
@@ -388,6 +389,12 @@ impl Source for Door {
         Ok(Refs { tags: self.look("refs", tags).await?, branch: None })
     }
 
+    async fn peek(&self, _: &Target, _: Option<&CommitSha>, _: &str, _: usize) -> Result<Peeked, Fault> {
+        // No release here says anything of itself; what can go wrong is the look.
+        let nothing = |_: &Arc<World>| Ok(Peeked { file: FileSeen::Absent, commits: Ok(CommitsSeen::default()) });
+        self.asked("peek", nothing).await
+    }
+
     async fn fetch(&self, _: &JobId, target: &Target, log: &dyn Log) -> Result<Tree, Fault> {
         let commit = target.commit.clone();
         log.write(Stream::Stdout, b"$ git clone\n");
@@ -410,7 +417,7 @@ impl Source for Door {
 
 #[async_trait]
 impl Recipes for Door {
-    async fn recipes(&self, _: &Tree, _: &Version, _: Option<&Deployment>) -> Result<Fetched, Fault> {
+    fn judge(&self, _: Option<&[u8]>, _: &Version, _: Option<&Deployment>) -> Result<Reading, Fault> {
         let recipe = |name: &str| Recipe {
             dockerfile: "Dockerfile".to_owned(),
             context: ".".to_owned(),
@@ -422,7 +429,19 @@ impl Recipes for Door {
             unlabelled: false,
         };
         let recipes = ["app", "web"].map(|name| (component(name), recipe(name)));
-        Ok(Fetched { recipes: recipes.into(), ..Fetched::default() })
+        let fetched = Fetched { recipes: recipes.into(), ..Fetched::default() };
+        Ok(Reading { fetched, missing: Vec::new(), notes: String::new() })
+    }
+
+    async fn recipes(&self, _: &Tree, version: &Version, running: Option<&Deployment>) -> Result<Fetched, Fault> {
+        Ok(self.judge(None, version, running)?.fetched)
+    }
+}
+
+#[async_trait]
+impl Room for Door {
+    async fn look(&self) -> Vec<Checked> {
+        Vec::new()
     }
 }
 

@@ -42,7 +42,8 @@ pub(crate) fn begin(world: &Arc<World>, state: &mut State, id: &RevisionId) {
         components: vec![component("app"), component("web")],
         own_version: None,
         secrets: Vec::new(),
-        recipes: door,
+        recipes: door.clone(),
+        room: door,
         reads_format: reads,
     });
     let shared = Arc::new(Shared::default());

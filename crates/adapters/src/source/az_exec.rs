@@ -9,13 +9,13 @@ use std::sync::{Mutex, PoisonError};
 
 use async_trait::async_trait;
 use replank_core::fault::{Class, Fault};
-use replank_core::ports::{Log, Refs, Source, Stream, Tree};
+use replank_core::ports::{Log, Peeked, Refs, Source, Stream, Tree};
 use replank_core::record::{Target, TargetKind};
-use replank_core::words::JobId;
+use replank_core::words::{CommitSha, JobId};
 use replank_exec::protocol::{Credential, Outcome, Request};
 
 use super::git::tree::check_relative;
-use super::git::{GitSource, same};
+use super::git::{GitSource, not_here, same};
 use super::signed::{Said, judge, lightweight};
 use crate::exec_channel::Channel;
 
@@ -260,6 +260,15 @@ impl Source for AzExecSource {
 
     async fn refs(&self) -> Result<Refs, Fault> {
         self.git.refs().await
+    }
+
+    /// The channel's git may clone, and nothing of a clone can be read or removed through it. So a look is made by this machine's
+    /// own git; where there is none, nothing can be said before the fetch.
+    async fn peek(&self, target: &Target, since: Option<&CommitSha>, path: &str, max: usize) -> Result<Peeked, Fault> {
+        self.git.look(target, since, path, max).await.map_err(|fault| match fault.class {
+            Class::Permanent => not_here(&fault),
+            Class::Transient | Class::Conflict | Class::Indeterminate => fault,
+        })
     }
 
     async fn fetch(&self, job: &JobId, target: &Target, log: &dyn Log) -> Result<Tree, Fault> {

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use replank_core::ports::{NoLog, Source};
+use replank_core::ports::{FileSeen, NoLog, Source};
 use replank_core::record::{Target, TargetKind};
 use replank_core::words::{CommitSha, JobId, Version};
 
@@ -43,6 +43,8 @@ pub async fn check(source: &dyn Source, world: &World) -> Result<(), String> {
     };
     let job = |name: &str| JobId::new(name).map_err(|e| e.to_string());
 
+    looks(source, world, &target(commit), other).await?;
+
     let first = job("conformance-1")?;
     let tree = source.fetch(&first, &target(commit), &NoLog).await.map_err(|e| format!("fetch: {}", e.chain()))?;
     ensure!(tree.commit == *commit, "the tree is the pinned commit: {}", tree.commit);
@@ -69,5 +71,34 @@ pub async fn check(source: &dyn Source, world: &World) -> Result<(), String> {
         source.discard_all_but(None).await.map_err(|e| format!("discard: {}", e.chain()))?;
         ensure!(!tree.path.exists(), "a discarded tree is gone");
     }
+    Ok(())
+}
+
+/// Looks without a job. `other` is an ancestor of the target.
+async fn looks(source: &dyn Source, world: &World, target: &Target, other: &CommitSha) -> Result<(), String> {
+    let (name, content) = &world.file;
+    let peek = async |target: &Target, since: Option<&CommitSha>, path: &str, max: usize| {
+        source.peek(target, since, path, max).await.map_err(|e| format!("peek: {}", e.chain()))
+    };
+    let seen = peek(target, Some(other), name, content.len()).await?;
+    ensure!(seen.file == FileSeen::Holds(content.clone()), "a look sees the commit's file: {:?}", seen.file);
+    let between = seen.commits.map_err(|why| format!("the commits between: {why}"))?;
+    let newest = between.commits.first().map(|commit| &commit.id);
+    ensure!(newest == Some(&target.commit) && !between.more, "the newest commit comes first: {between:?}");
+    ensure!(between.commits.iter().all(|commit| commit.id != *other), "what runs is not between: {between:?}");
+    let none = peek(target, Some(&target.commit), "no/such/file", 10).await?;
+    ensure!(none.file == FileSeen::Absent, "what is not there is absent: {:?}", none.file);
+    ensure!(none.commits.as_ref().is_ok_and(|c| c.commits.is_empty() && !c.more), "nothing lies between: {none:?}");
+    let first = peek(target, None, name, content.len() - 1).await?;
+    ensure!(matches!(first.file, FileSeen::Unfit(_)), "what is too large is unfit: {:?}", first.file);
+    ensure!(first.commits.as_ref().is_ok_and(|c| c.commits.is_empty()), "without a beginning there is no between");
+    let older = Target { commit: other.clone(), ..target.clone() };
+    let seen = peek(&older, Some(&target.commit), name, 1_000).await?;
+    ensure!(
+        seen.file != FileSeen::Holds(content.clone()),
+        "what is seen is of the pinned commit, whatever the tag says"
+    );
+    ensure!(seen.commits.as_ref().is_ok_and(|c| c.more), "a commit that was not met is told: {:?}", seen.commits);
+    ensure!(source.peek(target, None, "../x", 10).await.is_err(), "a path leads out");
     Ok(())
 }

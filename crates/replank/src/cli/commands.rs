@@ -51,6 +51,7 @@ pub async fn run(command: Command, global: Global, env: &Environment) -> Done {
         Command::Status(args) => run.status(args).await,
         Command::Candidates => run.candidates().await,
         Command::Check => run.row("/api/upgrade/check", json!({})).await,
+        Command::Plan(args) => run.plan(args).await,
         Command::Start(args) => run.start(args).await,
         Command::Rollback(args) => run.rollback(args).await,
         Command::Cancel(args) => run.because("/api/upgrade/cancel", args, "failed_pre").await,
@@ -104,7 +105,7 @@ impl Run<'_> {
     }
 
     /// Where the service is and how to sign in. The configuration only fills in what neither flags nor environment say.
-    fn client(&self) -> Result<Client, Failure> {
+    pub(super) fn client(&self) -> Result<Client, Failure> {
         let has_settings = self.config_path().is_file() || self.is_of_environment();
         let settings = has_settings.then(|| self.settings().ok()).flatten();
         let url =
@@ -245,6 +246,7 @@ impl Run<'_> {
         };
         let what = version.clone().or_else(|| args.commit.clone()).unwrap_or_default();
         if !args.yes {
+            self.tell_before(&client, &args, version.as_deref()).await?;
             ask(&format!("Upgrade to {what}? Users may notice an interruption."))?;
         }
         let mut body = json!({ "confirm_downtime": true });

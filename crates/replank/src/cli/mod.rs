@@ -7,6 +7,7 @@ pub(crate) mod failure;
 mod init;
 mod ledger;
 pub(crate) mod plain;
+mod plan;
 mod show;
 pub mod tokens;
 mod watch;
@@ -107,6 +108,9 @@ pub enum Command {
     Candidates,
     /// Look at the git remote now.
     Check,
+    /// Show what an upgrade would do, and what stands against it; change nothing.
+    #[command(after_help = plan::HELP)]
+    Plan(plan::PlanArgs),
     /// Upgrade: build a release from its pinned commit, swap to it, prove it.
     #[command(
         after_help = "Examples:\n  replank start                      the newest release\n  replank start 1.4.0 --yes          without a question, for scripts\n  replank start --commit 4f2a…       a commit of the tracking branch\n  replank start 1.4.0 --build-only   build and push, touch nothing that runs\n  replank start --no-wait --json     queue it and print the row"

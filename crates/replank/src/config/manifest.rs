@@ -16,6 +16,8 @@ use super::reader::Document;
 use super::{Problems, Settings};
 
 pub const FILE: &str = ".replank.toml";
+/// Largest manifest: it is text written by people.
+pub const SIZE_MAX: usize = 256 * 1024;
 /// The build argument that tells a build its version (contract §5).
 pub const VERSION_ARG: &str = "APP_VERSION";
 /// Longest notes: they are shown on a page, and the manifest is stored with the job.

@@ -97,6 +97,19 @@ pub async fn examine(patient: Patient<'_>, limit: Duration) -> Vec<Checked> {
     join_all(all.into_iter().map(|(name, check)| timed(name, check, limit))).await
 }
 
+/// Longest that a plan waits for a look at this machine.
+const ROOM_MAX: Duration = Duration::from_secs(5);
+
+/// Disk and memory alone, for an upgrade's plan.
+pub async fn room(patient: Patient<'_>) -> Vec<Checked> {
+    let all: Vec<(&'static str, Check<'_>)> = vec![
+        ("home", Box::pin(host::home(patient))),
+        ("memory", Box::pin(host::memory())),
+        ("disk", Box::pin(host::disk(patient))),
+    ];
+    join_all(all.into_iter().map(|(name, check)| timed(name, check, ROOM_MAX))).await
+}
+
 async fn timed(name: &'static str, check: Check<'_>, limit: Duration) -> Checked {
     let begun = Instant::now();
     let finding = tokio::time::timeout(limit, check).await.unwrap_or_else(|_| {

@@ -12,6 +12,8 @@ use tokio::sync::watch;
 use utoipa::ToSchema;
 use utoipa::openapi::schema::{Object, ObjectBuilder, SchemaType, Type};
 
+use super::planned::{PlanRequest, UpgradePlan};
+
 /// A start as a client asks for it (contract §2), before anything is checked.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -172,6 +174,8 @@ pub trait Engine: Send + Sync + std::fmt::Debug {
     async fn start(&self, actor: &Actor, request: StartRequest) -> Result<Record, Refusal>;
     /// Builds and swaps to a release that is older than what runs.
     async fn downgrade(&self, actor: &Actor, request: DowngradeRequest) -> Result<Record, Refusal>;
+    /// What such a start would do, and what stands against it. Changes nothing. Fails where there is no target to plan for.
+    async fn plan(&self, request: PlanRequest) -> Result<UpgradePlan, Refusal>;
     /// `data_restored`: the data are those of the version that is restored, where a data step had closed the way back.
     async fn rollback(&self, actor: &Actor, reason: &str, data_restored: bool) -> Result<Record, Refusal>;
     async fn cancel(&self, actor: &Actor, reason: &str) -> Result<Record, Refusal>;

@@ -346,7 +346,7 @@ pub(super) fn choose(
     }
 }
 
-fn release(tag: &TagRef) -> Target {
+pub(super) fn release(tag: &TagRef) -> Target {
     Target {
         kind: TargetKind::Release,
         version: tag.version.clone(),

@@ -18,8 +18,12 @@ use tokio::sync::watch;
 use super::api::{
     Candidates, DowngradeRequest, Engine, Live, LogRead, MovedTag, Preflight, PreflightImage, Refusal, StartRequest,
 };
-use super::candidates::{Age, FRESH_MS, Remote, Running, Wanted, Way, choose, newest, offer, wanted};
+use super::candidates::{
+    Age, FRESH_MS, Remote, Running, Wanted, Way, choose, newest, offer, release as target_of, wanted,
+};
+use super::planned::{PlanRequest, UpgradePlan};
 use super::reconcile::describe;
+use super::release::{self, Looks, START_WAITS};
 use super::setup::{Ports, Setup, Shared};
 
 /// A commit that loses this many races in a row meets more than operators.
@@ -27,10 +31,10 @@ const RACES_MAX: u32 = 50;
 /// Contract §2.
 const REASON_MAX: usize = 280;
 /// Refs as old as this may name a target: its commit is pinned and checked after the clone, so age cannot mislead.
-const START_REFS_MS: u64 = 10 * 60_000;
+pub(super) const START_REFS_MS: u64 = 10 * 60_000;
 /// Somebody who starts what was published a moment ago gets it, and a script that asks for what is not there does not
 /// hammer the remote.
-const MISSED_REFS_MS: u64 = 2_000;
+pub(super) const MISSED_REFS_MS: u64 = 2_000;
 /// Longest wait for a word about one image of the way back: who rolls back is in a hurry, and no word is no refusal.
 const IMAGE_LOOK_MAX: Duration = Duration::from_secs(5);
 /// A loop that has not turned for this long is stuck; its longest regular step is an observation of at most a minute.
@@ -39,10 +43,11 @@ const LOOP_STUCK_MS: u64 = 120_000;
 /// The engine of this process.
 #[derive(Debug)]
 pub struct LocalEngine {
-    ports: Ports,
-    setup: Arc<Setup>,
+    pub(super) ports: Ports,
+    pub(super) setup: Arc<Setup>,
     shared: Arc<Shared>,
-    remote: Option<Remote>,
+    pub(super) remote: Option<Remote>,
+    pub(super) looks: Option<Looks>,
     /// When a check failed last, in milliseconds; one that went well stands in the record.
     failed_check: AtomicI64,
 }
@@ -51,7 +56,8 @@ impl LocalEngine {
     pub fn new(ports: Ports, setup: Arc<Setup>, shared: Arc<Shared>) -> Self {
         shared.publish(|live| live.own_version.clone_from(&setup.own_version));
         let remote = ports.source.clone().map(|source| Remote::new(source, ports.ledger.clone(), ports.clock.clone()));
-        Self { ports, setup, shared, remote, failed_check: AtomicI64::new(0) }
+        let looks = ports.source.clone().map(|source| Looks::new(source, ports.clock.clone()));
+        Self { ports, setup, shared, remote, looks, failed_check: AtomicI64::new(0) }
     }
 
     /// Records what `event` makes of the record as it is; `Ok(Err(record))` ends early with nothing to record.
@@ -93,7 +99,7 @@ impl LocalEngine {
         Ok(found.first().is_some_and(|line| line == last))
     }
 
-    async fn load(&self) -> Result<(Record, replank_core::ports::Etag), Refusal> {
+    pub(super) async fn load(&self) -> Result<(Record, replank_core::ports::Etag), Refusal> {
         match self.ports.ledger.load().await {
             Ok(Some(found)) => Ok(found),
             Ok(None) => {
@@ -103,7 +109,7 @@ impl LocalEngine {
         }
     }
 
-    fn new_job(
+    pub(super) fn new_job(
         &self,
         actor: &Actor,
         request: &StartRequest,
@@ -174,6 +180,10 @@ impl LocalEngine {
         };
         let job = Job { downgrade, ..self.new_job(actor, &request, target)? };
         let override_quarantine = request.override_quarantine;
+        // Refused by the state before the release is looked at, so that the reason given is the first one.
+        let event = Event::Start { job: Box::new(job.clone()), override_quarantine };
+        apply_as(&record, &event, self.ports.clock.now(), self.setup.reads_format).map_err(refusal)?;
+        self.fits(&record, &job).await?;
         self.commit(|record| {
             if repeated(record, key, &wanted)? || record.job.as_ref().is_some_and(|known| known.id == job.id) {
                 return Ok(Err(record.clone()));
@@ -183,9 +193,23 @@ impl LocalEngine {
         .await
     }
 
+    /// Refuses what the release's own word stands against, as far as that can be had in time: the fetch reads it again, and a
+    /// remote that is slow or away now may be there then.
+    async fn fits(&self, record: &Record, job: &Job) -> Result<(), Refusal> {
+        let Some(looks) = &self.looks else { return Ok(()) };
+        let (running, to) = (record.running.as_ref(), &job.target.version);
+        let release = release::read(looks, self.setup.recipes.as_ref(), &job.target, running, START_WAITS).await;
+        // What an older release says of its data is about upgrades to it.
+        let knows = job.accept_one_way || job.downgrade.is_some();
+        match release::refused(&release.manifest, running, knows, to) {
+            Some(told) => Err(Refusal::Conflict(told.sentence())),
+            None => Ok(()),
+        }
+    }
+
     /// Looks for an image of the way back: on this machine first, which is nearest and enough to run it, then in the
     /// registry. Gone is only what both say is not there: a registry that is away must never stand in a rollback's way.
-    async fn find(&self, image: &ImageId) -> PreflightImage {
+    pub(super) async fn find(&self, image: &ImageId) -> PreflightImage {
         let image_ref = image.to_string();
         let mut error = None;
         let places = [self.ports.local_images.as_deref(), Some(self.ports.registry.as_ref())];
@@ -202,7 +226,7 @@ impl LocalEngine {
         PreflightImage { image_ref, exists: false, created_on: None, error }
     }
 
-    fn remote(&self) -> Result<&Remote, Refusal> {
+    pub(super) fn remote(&self) -> Result<&Remote, Refusal> {
         self.remote
             .as_ref()
             .ok_or_else(|| Refusal::Conflict("no remote is configured; set source.remote in replank.toml".to_owned()))
@@ -288,6 +312,11 @@ impl Engine for LocalEngine {
             self.failed_check.store(self.ports.clock.now().0, Ordering::Relaxed);
             Refusal::Unavailable(told.sentence())
         })?;
+        // Whoever starts the newest release, or asks what that would do, finds it looked at.
+        let (offered, _) = offer(&refs, Running::of(&record, self.setup.own_version.as_ref()));
+        if let (Some(looks), Some(tag)) = (&self.looks, offered.first()) {
+            looks.begin(&target_of(tag), record.running.as_ref().map(|running| &running.commit));
+        }
         self.commit(|_| {
             let branch_head = refs.branch.as_ref().map(|(_, head)| head.clone());
             let latest = Latest {
@@ -330,6 +359,10 @@ impl Engine for LocalEngine {
             ..StartRequest::default()
         };
         self.begin(actor, request, Some(downgrade)).await
+    }
+
+    async fn plan(&self, request: PlanRequest) -> Result<UpgradePlan, Refusal> {
+        self.make_plan(request).await
     }
 
     async fn rollback(&self, actor: &Actor, reason: &str, data_restored: bool) -> Result<Record, Refusal> {

@@ -4,21 +4,21 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use replank_core::data::{DataPlan, StepKind};
+use replank_core::data::StepKind;
 use replank_core::decide::{Action, Ended, Outcome, Prepared, TaskId};
 use replank_core::fault::Fault;
 use replank_core::format::FORMATS_LABEL;
 use replank_core::image::{ImageId, Images};
-use replank_core::phase::{Built, Fetched, Phase, Recipe};
+use replank_core::phase::{Built, Phase, Recipe};
 use replank_core::ports::{BuildSpec, Log as _, LogId, Platform, Source, Stream, Tree};
-use replank_core::record::{Deployment, Job, Record};
+use replank_core::record::{Job, Record};
 use replank_core::words::{ComponentName, ContainerName, JobId, Millis, OpKey};
-use serde::Deserialize as _;
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinHandle;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::fetch_log::FetchLog;
+use super::release::one_way;
 use super::setup::{Ports, Setup, Shared};
 use crate::build_log::{Begin, BuildLog};
 
@@ -99,7 +99,11 @@ impl Executor {
                 let (job, source) = (self.job(record)?, self.source()?);
                 let tree = self.tree(job, source.as_ref()).await?;
                 let fetched = self.setup.recipes.recipes(&tree, &job.target.version, record.running.as_ref()).await?;
-                knows_what_closes(job, &fetched, record.running.as_ref())?;
+                // Looked at before the job where that could be had; what counts is what was fetched.
+                let closes = one_way(&fetched, record.running.as_ref(), &job.target.version);
+                if let Some(told) = closes.filter(|_| !job.accept_one_way && job.downgrade.is_none()) {
+                    return Err(Fault::new(told.class, told.what).advice(told.advice));
+                }
                 Ok(Outcome::Fetched(fetched))
             }
             Action::Build { component, attempt, key } => self.build(record, component, attempt, key).await,
@@ -318,19 +322,5 @@ impl Executor {
         self.ports.platform.clone().ok_or_else(|| {
             Fault::permanent("no platform is configured").advice("start a build-only job, or configure one")
         })
-    }
-}
-
-/// Told before the click, and asked for with it: a release that closes the way back starts only for whoever said so.
-fn knows_what_closes(job: &Job, fetched: &Fetched, running: Option<&Deployment>) -> Result<(), Fault> {
-    let (false, None, Some(running)) = (job.accept_one_way, job.downgrade, running) else { return Ok(()) };
-    // The manifest was checked when it was read.
-    let data = DataPlan::deserialize(&fetched.manifest).unwrap_or_default();
-    match data.closes(&running.version) {
-        None => Ok(()),
-        Some(why) => {
-            Err(Fault::permanent(format!("{} closes the way back to {}: {why}", job.target.version, running.version))
-                .advice("make sure of a backup, then start it again with accept_one_way (--accept-one-way)"))
-        }
     }
 }

@@ -6,10 +6,13 @@ mod clean_up;
 mod commands;
 mod execute;
 mod fetch_log;
+mod plan;
+pub mod planned;
 mod reconcile;
+mod release;
 mod setup;
 
 pub use commands::LocalEngine;
 pub use reconcile::Reconciler;
 pub(crate) use reconcile::describe;
-pub use setup::{Ports, Recipes, Setup, Shared};
+pub use setup::{Ports, Reading, Recipes, Room, Setup, Shared};

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 
 use async_trait::async_trait;
-use replank_core::fault::Fault;
+use replank_core::fault::{Fault, Told};
 use replank_core::phase::{Fetched, Mode};
 use replank_core::policy::Policy;
 use replank_core::ports::{Builder, Clock, Ids, Ledger, LogStore, Platform, Registry, Source, Tree};
@@ -13,6 +13,7 @@ use replank_core::words::{AppName, ComponentName, InstallationId, Millis, Versio
 use tokio::sync::{Notify, watch};
 
 use super::api::Live;
+use crate::doctor::Checked;
 use crate::telemetry::Telemetry;
 
 /// The world, as the engine sees it.
@@ -32,11 +33,40 @@ pub struct Ports {
     pub platform: Option<Arc<dyn Platform>>,
 }
 
-/// Turns a fetched tree into what is to be built: operator's configuration, release's manifest, trust boundary.
+/// A release's manifest, judged by the operator's configuration.
+#[derive(Debug, Clone)]
+pub struct Reading {
+    pub fetched: Fetched,
+    /// What the operator lacks for it, each with what to do.
+    pub missing: Vec<String>,
+    /// For the person who chooses, as the release has them.
+    pub notes: String,
+}
+
+impl Reading {
+    /// Why it cannot be built here; `None` where nothing is missing.
+    pub fn refused(&self, version: &Version) -> Option<Told> {
+        let what = || format!("release {version} cannot be built: {}", self.missing.join("; "));
+        (!self.missing.is_empty()).then(|| Told::permanent(what(), "mend the release, or replank.toml"))
+    }
+}
+
+/// Turns a release into what is to be built: operator's configuration, release's manifest, trust boundary.
 #[async_trait]
 pub trait Recipes: Send + Sync + std::fmt::Debug {
-    /// Permanent faults name what the release lacks or may not set.
+    /// By the content of the manifest alone; `None`: the release has none. Faults are permanent: it is not what it may be.
+    fn judge(&self, manifest: Option<&[u8]>, version: &Version, running: Option<&Deployment>)
+    -> Result<Reading, Fault>;
+    /// The same of a fetched tree, which has to hold all that is named. Permanent faults name what the release lacks or may not
+    /// set.
     async fn recipes(&self, tree: &Tree, version: &Version, running: Option<&Deployment>) -> Result<Fetched, Fault>;
+}
+
+/// What this machine has left for an upgrade.
+#[async_trait]
+pub trait Room: Send + Sync + std::fmt::Debug {
+    /// Disk and memory, each by name. Bounded in time; changes nothing.
+    async fn look(&self) -> Vec<Checked>;
 }
 
 /// Who this controller is and how it was configured.
@@ -58,6 +88,7 @@ pub struct Setup {
     /// Values that must never show, for the masks of logs and errors.
     pub secrets: Vec<String>,
     pub recipes: Arc<dyn Recipes>,
+    pub room: Arc<dyn Room>,
     /// The highest record format that this build reads and writes: always the same, but in the simulation of two builds.
     pub reads_format: u32,
 }

@@ -24,6 +24,7 @@ use super::guard::{guard, nothing_here, wrong_method};
 use super::row::Row;
 use super::{App, document, events, logs, metrics, row, views};
 use crate::engine::api::StartRequest;
+use crate::engine::planned::{PlanRequest, UpgradePlan};
 
 const HISTORY_DEFAULT: usize = 50;
 /// Most history lines of one answer; a line has a few hundred bytes.
@@ -40,6 +41,7 @@ pub fn routes() -> OpenApiRouter<App> {
         .routes(routes!(candidates))
         .routes(routes!(check))
         .routes(routes!(settings))
+        .routes(routes!(plan))
         .routes(routes!(start))
         .routes(routes!(logs::build_log))
         .routes(routes!(preflight))
@@ -162,6 +164,16 @@ async fn command(app: &App, caller: &Caller, name: &str, tried: impl Future<Outp
         app.turned_down(&caller.actor, &format!("POST /api/upgrade/{name}"), &error.detail).await;
     }
     accepted(app, &tried?)
+}
+
+/// What a start would do, and whether it would be refused. Nothing is changed.
+#[utoipa::path(get, path = "/plan", tag = "upgrade", security(("token" = [])), params(PlanRequest), responses(
+    (status = 200, description = "The plan", body = UpgradePlan),
+    (status = 409, description = "No remote is configured, or there is no such target: not offered, or not newer"),
+    (status = 422, description = "The version or the commit is malformed, or the two do not go together"),
+))]
+async fn plan(State(app): State<App>, _: Caller, Asked(asked): Asked<PlanRequest>) -> Answer<UpgradePlan> {
+    Ok(Json(app.engine.plan(asked).await?))
 }
 
 /// Upgrade: build a release from its pinned commit, swap to it, prove it.

@@ -219,10 +219,7 @@ impl Row {
             started_by: text(job.map(|j| &j.actor.name)),
             reason: text(job.map(|j| &j.reason)),
             entered_at: record.entered_at.rfc3339(),
-            mode: text(job.map(|j| match j.mode {
-                Mode::Single => "single",
-                Mode::BlueGreen => "blue_green",
-            })),
+            mode: text(job.map(|j| j.mode.name())),
             build_only: job.is_some_and(|j| j.build_only),
             downgrade: job.is_some_and(|j| j.downgrade.is_some()),
             serving: text(record.serving.as_ref().map(|d| &d.revision)),

@@ -1,6 +1,6 @@
 //! From a line of the history to what a receiver is told.
 
-use replank_core::history::Line;
+use replank_core::history::{Entry, Line};
 use replank_core::phase::State;
 use replank_core::ports::{Ledger, LedgerError};
 use replank_core::record::{Head, Record};
@@ -31,24 +31,14 @@ fn id(hook: &Hook, words: &[&str]) -> String {
     format!("msg_{}", &hex.as_str().trim_start_matches("sha256:")[..32])
 }
 
-fn text<'a>(line: &'a Map<String, Value>, name: &str) -> &'a str {
-    line.get(name).and_then(Value::as_str).unwrap_or_default()
-}
-
 fn cut(text: &str) -> String {
     text.chars().take(TEXT_MAX).collect()
 }
 
-fn parsed(line: &Line) -> Option<Map<String, Value>> {
-    // A line that cannot be read is told by the verification of the history, not from here.
-    serde_json::from_slice(&line.bytes).ok()
-}
-
 /// What a line tells: the final state that it led to, and more.
-fn events(line: &Map<String, Value>) -> Vec<Event> {
+fn events(line: &Entry) -> Vec<Event> {
     let mut events = Vec::new();
-    let state = State::ALL.into_iter().find(|state| state.name() == text(line, "state"));
-    events.extend(state.and_then(|state| match state {
+    events.extend(line.state().and_then(|state| match state {
         State::Succeeded => Some(Event::Succeeded),
         State::FailedPre => Some(Event::FailedPre),
         State::FailedRollout => Some(Event::FailedRollout),
@@ -64,13 +54,13 @@ fn events(line: &Map<String, Value>) -> Vec<Event> {
         | State::Confirming
         | State::RollingBack => None,
     }));
-    if line.get("held") == Some(&Value::Bool(true)) {
+    if line.is("held") {
         events.push(Event::Held);
     }
-    if ["snapshot_dropped", "way_back_lost"].contains(&text(line, "event")) {
+    if ["snapshot_dropped", "way_back_lost"].contains(&line.event()) {
         events.push(Event::WayBackLost);
     }
-    if text(line, "event") == "drift_seen" {
+    if line.event() == "drift_seen" {
         events.push(Event::Drift);
     }
     events
@@ -79,27 +69,26 @@ fn events(line: &Map<String, Value>) -> Vec<Event> {
 impl Message {
     /// What `hook` wants to know of a line.
     pub fn of_line(record: &Record, line: &Line, hook: &Hook) -> Vec<Self> {
-        let Some(parsed) = parsed(line) else { return Vec::new() };
+        let Some(parsed) = Entry::read(line) else { return Vec::new() };
         // The head as of this line: whoever keeps it can tell later whether the history was cut or edited.
         let head = Head { count: line.seq + 1, hash: Some(Digest::of(&line.bytes)) };
         let wanted = events(&parsed).into_iter().filter(|event| hook.events.contains(event));
-        let at =
-            text(&parsed, "ts").parse::<jiff::Timestamp>().map_or(record.updated_at, |ts| Millis(ts.as_millisecond()));
+        let at = parsed.at().unwrap_or(record.updated_at);
         wanted
             .map(|event| {
                 let mut data = Map::new();
                 data.insert("application".to_owned(), record.application.to_string().into());
-                data.insert("job".to_owned(), json!({ "id": text(&parsed, "job_id") }));
+                data.insert("job".to_owned(), json!({ "id": parsed.job() }));
                 for name in ["state", "why", "advice", "reason"] {
-                    if !text(&parsed, name).is_empty() {
-                        data.insert(name.to_owned(), cut(text(&parsed, name)).into());
+                    if !parsed.text(name).is_empty() {
+                        data.insert(name.to_owned(), cut(parsed.text(name)).into());
                     }
                 }
                 if let Some(what) = parsed.get("what").filter(|_| event == Event::Drift) {
                     data.insert("what".to_owned(), what.clone());
                 }
                 // What led there: a cancelled job and one that failed both end as failed_pre.
-                data.insert("cause".to_owned(), text(&parsed, "event").into());
+                data.insert("cause".to_owned(), parsed.event().into());
                 if let Some(by) = parsed.get("actor").and_then(|actor| actor.get("name")).and_then(Value::as_str) {
                     data.insert("by".to_owned(), cut(by).into());
                 }
@@ -132,16 +121,15 @@ impl Message {
         if job.is_empty() {
             return Ok(self);
         }
-        let is_start = |line: &Map<String, Value>| text(line, "event") == "start" && text(line, "job_id") == job;
+        let is_start = |line: &Entry| line.event() == "start" && line.job() == job;
         let mut end = seq;
         while end > seq.saturating_sub(START_MAX) {
             let from = end.saturating_sub(PAGE as u64);
             let page = ledger.history(from, usize::try_from(end - from).unwrap_or(PAGE)).await?;
-            if let Some(start) = page.iter().rev().filter_map(parsed).find(is_start) {
+            if let Some(start) = page.iter().rev().filter_map(Entry::read).find(is_start) {
                 let by = start.get("actor").and_then(|actor| actor.get("name")).and_then(Value::as_str);
                 self.data.insert("job".to_owned(), json!({ "id": job, "started_by": cut(by.unwrap_or_default()) }));
-                let versions =
-                    json!({ "from": text(&start, "from_version"), "target": text(&start, "target_version") });
+                let versions = json!({ "from": start.text("from_version"), "target": start.text("target_version") });
                 self.data.insert("versions".to_owned(), versions);
                 break;
             }

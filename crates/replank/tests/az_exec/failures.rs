@@ -163,5 +163,10 @@ fn a_release_that_cannot_be_built_is_refused_before_any_build() {
     let mut files = release("1.0.6");
     files.push(Entry::file(".replank.toml", "mounts = []\n"));
     rig.publish("1.0.6", &files);
-    rig.fails(&["1.0.6"], &["a release may not set it"]);
+    // Looked at by the controller's own git, once the remote has shown the tag; the plan waits for that.
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while !String::from_utf8_lossy(&rig.cli(&["plan", "1.0.6"]).stdout).contains("a release may not set it") {
+        assert!(std::time::Instant::now() < end, "the plan never shows it: {:?}", rig.cli(&["plan", "1.0.6"]));
+    }
+    rig.refuses(&["1.0.6"], "a release may not set it");
 }

@@ -257,6 +257,19 @@ impl Rig {
     /// A start that is accepted.
     #[track_caller]
     pub fn begin(&self, arguments: &[&str]) -> Value {
+        let out = self.try_start(arguments);
+        assert!(out.status.success(), "{}\n{}", said(&out), self.told());
+        serde_json::from_slice(&out.stdout).unwrap()
+    }
+
+    /// A start that is refused before there is a job.
+    #[track_caller]
+    pub fn refuses(&self, arguments: &[&str], part: &str) {
+        let out = self.try_start(arguments);
+        assert!(out.status.code() == Some(3) && said(&out).contains(part), "{}\n{}", said(&out), self.told());
+    }
+
+    fn try_start(&self, arguments: &[&str]) -> Output {
         let mut all = vec!["start"];
         all.extend(arguments);
         all.extend(["--yes", "--no-wait", "--json"]);
@@ -267,8 +280,7 @@ impl Rig {
             std::thread::sleep(Duration::from_millis(200));
             out = self.cli(&all);
         }
-        assert!(out.status.success(), "{}\n{}", said(&out), self.told());
-        serde_json::from_slice(&out.stdout).unwrap()
+        out
     }
 
     /// The row once the job rests.

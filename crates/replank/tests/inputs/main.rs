@@ -12,6 +12,7 @@ mod drift;
 mod init;
 mod ledger;
 mod parts;
+mod plan;
 mod progress;
 mod remote;
 mod rig;

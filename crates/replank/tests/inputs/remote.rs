@@ -71,6 +71,10 @@ fn look(rig: &mut Rig, name: &str, parts: &[&str]) {
     assert_eq!(rig.status()["state"], "succeeded", "{name}");
 }
 
+fn accept(rig: &Rig, version: &str, commit: &str) -> std::process::Output {
+    rig.cli(&["accept-moved-tag", version, "--commit", commit, "--reason", "it was on the wrong branch"])
+}
+
 #[test]
 fn a_moved_tag_is_refused_and_both_commits_are_named() {
     let mut rig = Rig::start(Options::default());
@@ -93,17 +97,14 @@ fn a_moved_tag_is_refused_and_both_commits_are_named() {
     refused(&rig.cli(&["start", "0.1.1", "--yes", "--no-wait"]), 3, &[&first, &second, "new version"]);
 
     // An administrator may take it as it is now, and nothing else that it may become.
-    let accept = |version: &str, commit: &str| {
-        rig.cli(&["accept-moved-tag", version, "--commit", commit, "--reason", "it was on the wrong branch"])
-    };
-    refused(&accept("0.1.1", &first), 3, &[&second, "look at what that is"]);
+    refused(&accept(&rig, "0.1.1", &first), 3, &[&second, "look at what that is"]);
     refused(
-        &accept("0.1.0", &rig.status()["running_sha"].as_str().expect("a commit").to_owned()),
+        &accept(&rig, "0.1.0", &rig.status()["running_sha"].as_str().expect("a commit").to_owned()),
         3,
         &["where it always was"],
     );
-    refused(&accept("0.7.0", &second), 3, &["no release v0.7.0"]);
-    let accepted = accept("0.1.1", &second);
+    refused(&accept(&rig, "0.7.0", &second), 3, &["no release v0.7.0"]);
+    let accepted = accept(&rig, "0.1.1", &second);
     assert!(accepted.status.success(), "{accepted:?}");
     let out = rig.cli(&["candidates"]);
     let text = String::from_utf8_lossy(&out.stdout).into_owned();
@@ -116,7 +117,7 @@ fn a_moved_tag_is_refused_and_both_commits_are_named() {
 
     // Put back, it is moved again.
     rig.repo.tag("v0.1.1", &first, "back").unwrap();
-    refused(&accept("0.1.1", &second), 3, &[&first, "look at what that is"]);
+    refused(&accept(&rig, "0.1.1", &second), 3, &[&first, "look at what that is"]);
     rig.repo.tag("v0.1.1", &second, "and forth").unwrap();
     let row = rig.run("0.1.1");
     assert_eq!(row["state"], "succeeded", "{row}");

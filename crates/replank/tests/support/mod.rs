@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use replank::engine::api::*;
+use replank::engine::planned::*;
 use replank::http::{Http, Options, hash_secret};
 use replank_core::history::{Audit, Line, seal};
 use replank_core::image::{ImageId, Images};
@@ -184,6 +185,38 @@ impl Engine for Double {
     }
     async fn downgrade(&self, actor: &Actor, request: DowngradeRequest) -> Result<Record, Refusal> {
         self.command(&format!("downgrade {request:?}"), actor)
+    }
+    async fn plan(&self, request: PlanRequest) -> Result<UpgradePlan, Refusal> {
+        let unknown = |_| None::<u64>;
+        let refused = if request.accept_one_way { vec![] } else { vec!["it is one-way; accept it".to_owned()] };
+        self.look(UpgradePlan {
+            from_version: "0.1.0".into(),
+            from_sha: SHA.into(),
+            to_version: request.target_version.unwrap_or_else(|| "0.2.0".into()),
+            to_sha: SHA.into(),
+            build_only: request.build_only,
+            mode: "blue_green".into(),
+            confirm_window_seconds: 300,
+            on_failure: vec!["before the swap nothing that runs is touched".into()],
+            refused,
+            unknown: String::new(),
+            images: vec![],
+            steps: vec![],
+            containers: vec![],
+            downtime: Downtime { containers: vec!["worker".into()], p50_ms: unknown(()), p90_ms: None },
+            commits: Commits { list: vec![], more: false, unknown: "the remote is away".into() },
+            notes: "new\u{202e}\nlook".into(),
+            changes: vec![],
+            more_changes: 0,
+            data: Data {
+                steps: vec![],
+                schema: "one-way".into(),
+                closes: "it is one-way".into(),
+                rollback: "a backup".into(),
+            },
+            checks: vec![],
+            prediction: Prediction { jobs: 0, phases: vec![], total_p50_ms: None, total_p90_ms: None },
+        })
     }
     async fn rollback(&self, actor: &Actor, reason: &str, data_restored: bool) -> Result<Record, Refusal> {
         let restored = if data_restored { " of restored data" } else { "" };

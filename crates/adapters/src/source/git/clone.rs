@@ -68,13 +68,13 @@ pub(super) fn remove_all_but(work_dir: &Path, keep: Option<&JobId>) -> Result<()
     Ok(())
 }
 
-fn disk(what: &str, path: &Path, error: io::Error) -> Fault {
+pub(super) fn disk(what: &str, path: &Path, error: io::Error) -> Fault {
     Fault::transient(format!("{what} ({})", path.display()))
         .advice("check the work directory's permissions and free space")
         .because(error)
 }
 
-fn make(path: &Path) -> Result<(), Fault> {
+pub(super) fn make(path: &Path) -> Result<(), Fault> {
     // Only for this user: a tree may be private.
     fs::DirBuilder::new()
         .recursive(true)
@@ -232,7 +232,7 @@ impl Fetch<'_> {
     }
 
     /// What the children that speak with the remote are told beyond that. Holds the credential: environment only.
-    fn network_config(&self, src: &Path, addresses: &[SocketAddr]) -> Result<Vec<(String, String)>, Fault> {
+    pub(super) fn network_config(&self, src: &Path, addresses: &[SocketAddr]) -> Result<Vec<(String, String)>, Fault> {
         let remote = &self.source.remote;
         let mut config = self.local_config(src);
         let mut add = |key: &str, value: &str| config.push((key.to_owned(), value.to_owned()));

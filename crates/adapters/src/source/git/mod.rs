@@ -7,6 +7,7 @@ mod advert;
 mod capabilities;
 mod child;
 mod clone;
+mod look;
 mod pkt;
 mod refs;
 mod remote;
@@ -21,12 +22,13 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use replank_core::fault::Fault;
-use replank_core::ports::{Clock, Log, NoLog, Refs, Source, Tree};
+use replank_core::ports::{Clock, Log, NoLog, Peeked, Refs, Source, Tree};
 use replank_core::record::Target;
-use replank_core::words::{JobId, Millis};
+use replank_core::words::{CommitSha, JobId, Millis};
 
 use super::signed::NO_COMMITS;
 pub(super) use clone::same;
+pub(super) use look::not_here;
 use outbound::{RESOLVE_TIME, Reach, Resolver, SystemResolver};
 pub(super) use refs::tame;
 use remote::Host;
@@ -54,6 +56,9 @@ pub struct Limits {
     pub local_time: Duration,
     /// Disk space that a clone may take, its checkout included.
     pub disk_bytes: u64,
+    /// Time for each command of git in a look without a job, and the disk space that such a look may take.
+    pub look_time: Duration,
+    pub look_bytes: u64,
 }
 
 impl Default for Limits {
@@ -65,6 +70,8 @@ impl Default for Limits {
             quiet_time: Duration::from_secs(30),
             local_time: Duration::from_secs(60),
             disk_bytes: 4 * 1024 * 1024 * 1024,
+            look_time: Duration::from_secs(30),
+            look_bytes: 1024 * 1024 * 1024,
         }
     }
 }
@@ -237,6 +244,10 @@ impl Source for GitSource {
         // Branches named like release tags are asked for, since `clone --branch` would prefer them.
         let prefixes = ["refs/tags/v".to_owned(), "refs/heads/v".to_owned(), format!("refs/heads/{}", self.tracking)];
         self.ask(&addresses, &prefixes).await
+    }
+
+    async fn peek(&self, target: &Target, since: Option<&CommitSha>, path: &str, max: usize) -> Result<Peeked, Fault> {
+        self.look(target, since, path, max).await
     }
 
     async fn fetch(&self, job: &JobId, target: &Target, log: &dyn Log) -> Result<Tree, Fault> {
