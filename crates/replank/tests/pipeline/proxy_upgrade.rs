@@ -5,6 +5,7 @@ use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use replank_testbed::images;
+use replank_testbed::load::Load;
 use serde_json::Value;
 
 use crate::world::{Options, World, text};
@@ -93,6 +94,13 @@ fn assert_returns(world: &World, when: &str) {
     assert!(found.iter().any(|(_, _, policy, started)| policy == "always" && *started), "{when}: {found:?}");
 }
 
+/// The longest time in which no request that was answered was sent: what somebody outside sees of the gap.
+fn longest_pause(load: &Load) -> Duration {
+    let mut sent: Vec<Instant> = load.answers_since(Instant::now() - MEND_LIMIT).iter().map(|a| a.sent).collect();
+    sent.sort();
+    sent.windows(2).map(|two| two[1].duration_since(two[0])).max().unwrap_or_default()
+}
+
 async fn until(what: &str, world: &World, done: impl AsyncFn() -> bool) {
     let end = Instant::now() + MEND_LIMIT;
     while !done().await {
@@ -133,8 +141,12 @@ async fn pipeline_the_proxy_is_upgraded_under_load_and_a_bad_image_is_not_taken(
     let gap = told["gap_ms"].as_u64().unwrap();
     let since = Instant::now();
     until("it serves", &world, async || load.answers_since(since).len() > 20).await;
+    let longest = longest_pause(&load);
     let totals = load.stop().await;
-    eprintln!("gap {gap} ms: {} of {} requests failed: {:?}", totals.failed, totals.requests, totals.failures);
+    eprintln!(
+        "without an answer for {longest:?}; gap {gap} ms: {} of {} requests failed: {:?}",
+        totals.failed, totals.requests, totals.failures
+    );
     assert!(gap > 0 && gap < GAP_MAX_MS, "{told}");
     // Nobody was cut off in the middle of an answer: new connections alone were refused.
     let cut: Vec<_> = totals.failures.iter().filter(|f| f.contains("answered 5")).collect();
@@ -230,6 +242,7 @@ async fn pipeline_an_upgrade_of_the_proxy_killed_at_any_moment_is_mended() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         kill(child);
+        eprintln!("{moment}, killed at: {:?}", proxies(&world));
         world.engine.kill_everything().unwrap();
         world.engine.start_again().unwrap();
         let since = Instant::now();
