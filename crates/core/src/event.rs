@@ -15,6 +15,22 @@ pub enum TokenChange {
     Revoked,
 }
 
+/// How far an upgrade of the proxy came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ProxyStep {
+    /// About to be done.
+    Begun,
+    /// The new proxy serves.
+    Done,
+    /// The old one does.
+    Failed,
+    /// It was cut short, and the new one was found to serve.
+    Finished,
+    /// It was cut short, and the old one was brought back.
+    Restored,
+}
+
 /// Something that happened, or that is about to be done and is recorded first.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
@@ -88,6 +104,16 @@ pub enum Event {
         file: String,
         /// The history that was replaced, as far as it could be read.
         replaced: Option<Head>,
+    },
+    /// The process that owns the public ports is replaced by one of another image, or was. The state does not change.
+    ProxyUpgraded {
+        actor: Actor,
+        reason: String,
+        step: ProxyStep,
+        /// The image, as it was named; empty where who brings it to an end does not know.
+        image: String,
+        /// What came of it in words: the gap, or the fault.
+        outcome: String,
     },
     // The remote's.
     RefsSeen {
@@ -186,6 +212,7 @@ impl Event {
             Self::TrackCommits { .. } => "track_commits",
             Self::TokenChanged { .. } => "token_changed",
             Self::LedgerRestored { .. } => "ledger_restored",
+            Self::ProxyUpgraded { .. } => "proxy_upgraded",
             Self::RefsSeen { .. } => "candidate_detected",
             Self::HandedOver { .. } => "handed_over",
             Self::TookOver { .. } => "took_over",

@@ -7,7 +7,7 @@ use serde_json::json;
 use crate::aftermath::{new_head, new_release, orphans_of, quarantine, reusable};
 use crate::data::{StepKind, StepState, closed, closed_for, oldest, too_new_for};
 use crate::drift::Drift;
-use crate::event::Event;
+use crate::event::{Event, ProxyStep};
 use crate::fault::Told;
 use crate::history::{Audit, Line, seal};
 use crate::image::attempt_tag;
@@ -77,7 +77,9 @@ pub fn next(record: &Record, event: &Event, now: Millis) -> Result<Phase, Refuse
                 Some(_) | None => Ok(Phase::Queued),
             }
         }
+        Event::ProxyUpgraded { step: ProxyStep::Begun, .. } if from.in_flight() => Err(Refused::InFlight { from }),
         Event::TrackCommits { .. }
+        | Event::ProxyUpgraded { .. }
         | Event::TokenChanged { .. }
         | Event::LedgerRestored { .. }
         | Event::RefsSeen { .. }
@@ -526,6 +528,14 @@ pub fn apply_as(record: &Record, event: &Event, now: Millis, reads: u32) -> Resu
                 .with("role", json!(role))
                 .with("change", json!(change))
                 .with("reason", reason.clone());
+        }
+        Event::ProxyUpgraded { actor, reason, step, image, outcome } => {
+            audit = Audit::new(now, None, event.name())
+                .with("actor", json!(actor))
+                .with("step", json!(step))
+                .with("image", image.clone())
+                .with("reason", reason.clone())
+                .with("outcome", outcome.clone());
         }
         Event::LedgerRestored { actor, reason, file, replaced } => {
             audit = Audit::new(now, None, event.name())

@@ -6,7 +6,7 @@ mod support;
 
 use std::collections::BTreeSet;
 
-use replank_core::event::{Event, TokenChange};
+use replank_core::event::{Event, ProxyStep, TokenChange};
 use replank_core::fault::Told;
 use replank_core::phase::*;
 use replank_core::ports::Role;
@@ -94,6 +94,7 @@ fn events(record: &Record) -> Vec<Event> {
             reason: String::new(),
         },
         Event::LedgerRestored { actor: actor(), reason: String::new(), file: String::new(), replaced: None },
+        proxy_upgraded(ProxyStep::Begun),
         Event::RefsSeen { latest: Latest::default() },
         Event::HandedOver { to: ControllerId::Host },
         Event::TookOver { by: ControllerId::Host },
@@ -136,6 +137,7 @@ fn events(record: &Record) -> Vec<Event> {
             | Event::TrackCommits { .. }
             | Event::TokenChanged { .. }
             | Event::LedgerRestored { .. }
+            | Event::ProxyUpgraded { .. }
             | Event::RefsSeen { .. }
             | Event::HandedOver { .. }
             | Event::TookOver { .. }
@@ -375,6 +377,30 @@ fn a_changed_token_is_one_line_and_changes_nothing_else() {
         assert_eq!(line, expect, "{}", state.name());
         (commit.record.history, commit.record.updated_at) = (record.history.clone(), record.updated_at);
         assert_eq!(commit.record, record, "{}", state.name());
+    }
+}
+
+fn proxy_upgraded(step: ProxyStep) -> Event {
+    let (reason, image, outcome) = ("a fix".to_owned(), "replank:2".to_owned(), "40 ms".to_owned());
+    Event::ProxyUpgraded { actor: actor(), reason, step, image, outcome }
+}
+
+#[test]
+fn an_upgrade_of_the_proxy_begins_at_rest_and_ends_whenever_it_ends() {
+    for state in State::ALL {
+        let record = record_in(state, Mode::BlueGreen);
+        let begun = apply(&record, &proxy_upgraded(ProxyStep::Begun), Millis(5));
+        assert_eq!(begun.is_err(), state.in_flight(), "{}", state.name());
+        for step in [ProxyStep::Done, ProxyStep::Failed, ProxyStep::Finished, ProxyStep::Restored] {
+            let mut commit = apply(&record, &proxy_upgraded(step), Millis(5)).unwrap();
+            let line: serde_json::Value = serde_json::from_slice(&commit.lines[0].bytes).unwrap();
+            let expect = serde_json::json!({ "ts": Millis(5).rfc3339(), "job_id": "", "event": "proxy_upgraded",
+                "prev_hash": line["prev_hash"], "actor": actor(), "step": step, "image": "replank:2", "reason": "a fix",
+                "outcome": "40 ms" });
+            assert_eq!(line, expect);
+            (commit.record.history, commit.record.updated_at) = (record.history.clone(), record.updated_at);
+            assert_eq!(commit.record, record, "{}", state.name());
+        }
     }
 }
 

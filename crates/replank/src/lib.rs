@@ -12,6 +12,7 @@ pub mod init;
 pub mod ledger_file;
 pub mod lock;
 pub mod proxy;
+pub mod proxy_upgrade;
 pub mod system;
 pub mod telemetry;
 pub mod verify;

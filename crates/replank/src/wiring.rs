@@ -25,6 +25,7 @@ use crate::engine::api::{Engine as _, Refusal, StartRequest};
 use crate::engine::{Reconciler, Shared};
 use crate::http::row::Row;
 use crate::http::{Http, Options};
+use crate::proxy_upgrade;
 use crate::system::SystemClock;
 use crate::webhooks::{Courier, Pace};
 
@@ -114,6 +115,9 @@ pub async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
         live: engine.live(),
         pace: Pace::default(),
     };
+    let docker = controller.docker.clone();
+    let after = docker.map(|docker| tokio::spawn(proxy_upgrade::look_after(docker, controller.ports.ledger.clone())));
+    let _after = after.map(AbortOnDropHandle::new);
     let _telling = AbortOnDropHandle::new(tokio::spawn(courier.run(controller.hooks.clone())));
     let mut looking = tokio::spawn(look_regularly(engine));
     tokio::select! {

@@ -89,6 +89,16 @@ async fn help_teaches_every_command() {
 }
 
 #[tokio::test]
+async fn the_proxy_and_its_upgrade_are_told_apart() {
+    for wrong in [&["proxy"][..], &["proxy", "--dir", "/x", "upgrade"], &["proxy", "upgrade", "--drain", "10"]] {
+        let out = replank(wrong, &[]).await;
+        assert_eq!(out.status.code(), Some(2), "{wrong:?}: {}", text(&out.stderr));
+    }
+    let help = text(&replank(&["proxy", "upgrade", "--help"], &[]).await.stdout);
+    assert!(help.contains("--drain <SECONDS>") && help.contains("docker exec CONTROLLER"), "{help}");
+}
+
+#[tokio::test]
 async fn status_is_for_people_and_for_scripts() {
     let world = World::new().await;
     let out = world.run(&["status"]).await;

@@ -70,6 +70,7 @@ pub async fn run(command: Command, global: Global, env: &Environment) -> Done {
         Command::History(args) => run.history(args.limit).await,
         Command::EscapeHatch => run.escape_hatch().await,
         Command::Token(command) => run.token(command).await,
+        Command::Proxy(super::proxy::Proxy { command: Some(command), .. }) => run.proxy(command).await,
         Command::Proxy(_) | Command::ExecServer | Command::Openapi | Command::Completions { .. } => {
             Err(Failure::usage("this command runs without a runtime"))
         }

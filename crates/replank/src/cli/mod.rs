@@ -8,6 +8,7 @@ mod init;
 mod ledger;
 pub(crate) mod plain;
 mod plan;
+mod proxy;
 mod show;
 pub mod tokens;
 mod watch;
@@ -159,8 +160,8 @@ pub enum Command {
     /// Copy the ledger while it is in use, or put a copy back; needs no service.
     #[command(subcommand)]
     Ledger(ledger::LedgerCommand),
-    /// Own the application's public ports and send their traffic where the controller says.
-    Proxy(crate::proxy::ProxyArgs),
+    /// Own the application's public ports and send their traffic where the controller says; or replace the one that does.
+    Proxy(proxy::Proxy),
     /// Run git, az and a few other programs for whoever holds a token, with policed arguments: for builds in another container.
     #[command(after_help = crate::exec_server::ENVIRONMENT)]
     ExecServer,
@@ -406,7 +407,11 @@ pub fn main(args: impl Iterator<Item = OsString>, env: &Environment) -> ExitCode
         }
     };
     // A service's log is its voice; a command speaks for itself, and only trouble may break in.
-    let usual = if matches!(cli.command, Command::Serve(_) | Command::Proxy(_)) { "info" } else { "warn" };
+    let usual = if matches!(cli.command, Command::Serve(_) | Command::Proxy(proxy::Proxy { command: None, .. })) {
+        "info"
+    } else {
+        "warn"
+    };
     let named = env.get("REPLANK_LOG_FORMAT");
     let unknown = named.filter(|name| LogFormat::from_str(name, true).is_err());
     let format = cli.global.log_format.or_else(|| LogFormat::from_str(named?, true).ok());
@@ -421,7 +426,9 @@ pub fn main(args: impl Iterator<Item = OsString>, env: &Environment) -> ExitCode
     let json = cli.global.json;
     let outcome = match cli.command {
         // It makes its own, smaller runtime.
-        Command::Proxy(args) => crate::proxy::run(args).map(|()| ExitCode::SUCCESS).map_err(Failure::from),
+        Command::Proxy(proxy::Proxy { command: None, run: Some(args) }) => {
+            crate::proxy::run(args).map(|()| ExitCode::SUCCESS).map_err(Failure::from)
+        }
         Command::ExecServer => crate::exec_server::run(env),
         Command::Openapi => std::io::stdout()
             .write_all(&crate::http::document_text())

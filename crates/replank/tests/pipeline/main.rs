@@ -7,6 +7,7 @@ mod foreign_engine;
 mod inside;
 mod killed_controller;
 mod killed_engine;
+mod proxy_upgrade;
 mod retried_builds;
 mod starts;
 mod world;

@@ -20,7 +20,7 @@ use sha2::{Digest as _, Sha256};
 use super::change::{Work, labels_of, look_alike};
 use super::config::{DockerConfig, ListenerConfig};
 use super::proxy_api::{self, Config, Listener, TlsFiles};
-use super::{DockerPlatform, create, labels, names};
+use super::{DockerPlatform, create, labels, names, renewal};
 use crate::engine::{Engine, classify, is_missing};
 
 /// Largest binary that is made into an image: it goes through memory. A debug build is far below this.
@@ -57,7 +57,7 @@ fn proxy_config(config: &DockerConfig) -> Config {
 }
 
 /// What the proxy's container is made from, beside its image.
-fn fingerprint(config: &DockerConfig) -> Result<String, Fault> {
+pub(super) fn fingerprint(config: &DockerConfig) -> Result<String, Fault> {
     let listeners: std::collections::BTreeMap<_, _> =
         config.listeners.iter().map(|(name, l)| (name, (l.bind, l.publish, l.inside(), l.protocol, &l.tls))).collect();
     let text = serde_json::to_vec(&(&listeners, &config.home, config.proxy.memory_bytes))
@@ -69,20 +69,26 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
+/// The engine's id of an image. Permanent where the engine does not have it.
+pub(super) async fn image_id(engine: &Engine, image: &str) -> Result<String, Fault> {
+    match engine.docker().inspect_image(image).await {
+        Ok(found) => Ok(found.id.unwrap_or_default()),
+        Err(error) if is_missing(&error) => {
+            Err(Fault::permanent(format!("the engine does not have the proxy's image {image}"))
+                .advice("pull or load it, or leave `proxy.image` out to have it made from this binary"))
+        }
+        Err(error) => Err(classify(error, &format!("the image {image} cannot be inspected"))),
+    }
+}
+
 pub(super) async fn ensure_proxy(platform: &DockerPlatform, image: &str) -> Result<(), Fault> {
+    // An upgrade of it that was cut short comes to its end first.
+    let _undisturbed = renewal::undisturbed(platform).await?;
     let engine = platform.engine()?;
     let work = Work { platform, engine: &engine };
     let config = &platform.config;
     let name = names::proxy(&config.application);
-    let found = engine.docker().inspect_image(image).await;
-    let image_id = match found {
-        Ok(found) => found.id.unwrap_or_default(),
-        Err(error) if is_missing(&error) => {
-            return Err(Fault::permanent(format!("the engine does not have the proxy's image {image}"))
-                .advice("pull or load it, or leave `proxy.image` out to have it made from this binary"));
-        }
-        Err(error) => return Err(classify(error, &format!("the image {image} cannot be inspected"))),
-    };
+    let image_id = image_id(&engine, image).await?;
     let fingerprint = fingerprint(config)?;
     if let Some(found) = work.inspect(&name).await? {
         let labels = labels_of(&found);
@@ -94,7 +100,9 @@ pub(super) async fn ensure_proxy(platform: &DockerPlatform, image: &str) -> Resu
                 .advice(UNCHANGED));
         }
         if found.image.as_ref() != Some(&image_id) {
-            return Err(Fault::permanent(format!("the proxy {name} runs another image than {image}")).advice(UNCHANGED));
+            return Err(Fault::permanent(format!("the proxy {name} runs another image than {image}")).advice(
+                "a deployment never changes the proxy: leave [proxy] image as it was, or run `replank proxy upgrade`",
+            ));
         }
     } else {
         write_config(config)?;
@@ -131,6 +139,14 @@ async fn until_it_answers(platform: &DockerPlatform, engine: &Engine, name: &str
     if tokio::time::timeout(ANSWER_LIMIT, answers).await.is_ok() {
         return Ok(());
     }
+    let said = last_words(engine, name).await;
+    let socket = platform.proxy.socket().display();
+    Err(Fault::permanent(format!("the proxy {name} was started and does not answer at {socket}; it said: {said}"))
+        .advice(format!("mend what it says, remove it with `docker rm --force {name}`, and deploy again")))
+}
+
+/// The last lines that a proxy's container wrote.
+pub(super) async fn last_words(engine: &Engine, name: &str) -> String {
     let options = LogsOptions { stdout: true, stderr: true, tail: "3".to_owned(), ..Default::default() };
     let mut words: Vec<String> = engine
         .docker()
@@ -141,14 +157,11 @@ async fn until_it_answers(platform: &DockerPlatform, engine: &Engine, name: &str
         .unwrap_or_default();
     // It is started again and again, and says the same each time.
     words.dedup();
-    let said = if words.is_empty() { "nothing".to_owned() } else { words.join(" / ") };
-    let socket = platform.proxy.socket().display();
-    Err(Fault::permanent(format!("the proxy {name} was started and does not answer at {socket}; it said: {said}"))
-        .advice(format!("mend what it says, remove it with `docker rm --force {name}`, and deploy again")))
+    if words.is_empty() { "nothing".to_owned() } else { words.join(" / ") }
 }
 
 /// The proxy runs as whoever owns its directory: it has none of root's powers to reach into somebody else's.
-fn user_of(directory: &Path) -> Result<String, Fault> {
+pub(super) fn user_of(directory: &Path) -> Result<String, Fault> {
     let owner = std::fs::metadata(directory).map_err(|error| {
         Fault::permanent(format!("the owner of the proxy's directory {} is not known", directory.display()))
             .because(error)
@@ -179,7 +192,7 @@ fn write_config(config: &DockerConfig) -> Result<(), Fault> {
     write().map_err(fault)
 }
 
-fn body(
+pub(super) fn body(
     platform: &DockerPlatform,
     image_id: &str,
     network: &str,

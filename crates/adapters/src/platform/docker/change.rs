@@ -20,13 +20,14 @@ use super::labels::{self, Carried, Owner};
 use super::proxy_api::{Backend, Routes, Side};
 use super::spec::RunSpec;
 use super::traffic::Sent;
-use super::{DockerPlatform, Vantage, create, names, pull};
+use super::{DockerPlatform, Vantage, create, names, pull, renewal};
 use crate::engine::{ANSWER_TIMEOUT, Engine, classify, is_missing};
 
 /// Between two looks at a container's open requests: short beside any grace, long beside the proxy's answer.
 const DRAIN_POLL: Duration = Duration::from_millis(200);
 
 pub(super) async fn change(platform: &DockerPlatform, change: &Change) -> Result<(), Fault> {
+    let _undisturbed = renewal::undisturbed(platform).await?;
     let engine = platform.engine()?;
     let work = Work { platform, engine: &engine };
     match change {

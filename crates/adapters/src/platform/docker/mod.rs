@@ -13,6 +13,7 @@ mod observe;
 mod probe;
 pub mod proxy_api;
 mod pull;
+mod renewal;
 pub mod spec;
 mod step;
 pub mod traffic;
@@ -34,6 +35,7 @@ use crate::oci::OciConfig;
 pub use bootstrap::proxy_image_from_binary;
 use config::DockerConfig;
 use labels::Owner;
+pub use renewal::{DRAIN_MAX, Mended, Renewal, Renewed};
 use traffic::Proxy;
 
 /// Where this process stands: what it can reach the proxy's ports by, and what it must never remove.
@@ -87,6 +89,17 @@ impl DockerPlatform {
     /// but made from something else.
     pub async fn ensure_proxy(&self, image: &str) -> Result<(), Fault> {
         bootstrap::ensure_proxy(self, image).await
+    }
+
+    /// Takes the right to replace the proxy's container: nothing else changes the platform while it is held. Also tells what
+    /// became of an upgrade that was cut short. Transient while somebody else is at it.
+    pub async fn proxy_upgrade(&self) -> Result<(Renewal<'_>, Option<Mended>), Fault> {
+        Renewal::begin(self).await
+    }
+
+    /// Brings an upgrade of the proxy that was cut short to its end; `None` where there is none, or where somebody is at it.
+    pub async fn mend_proxy(&self) -> Result<Option<Mended>, Fault> {
+        renewal::mend(self).await
     }
 
     /// See [`proxy_image_from_binary`].

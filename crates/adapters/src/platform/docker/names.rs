@@ -23,6 +23,21 @@ pub fn proxy(application: &AppName) -> String {
     format!("replank-{application}-proxy")
 }
 
+/// While the proxy is upgraded: the new container before it has the name.
+pub(super) fn proxy_next(application: &AppName) -> String {
+    format!("{}-next", proxy(application))
+}
+
+/// While the proxy is upgraded: the old container, once the new one has the name.
+pub(super) fn proxy_old(application: &AppName) -> String {
+    format!("{}-old", proxy(application))
+}
+
+/// While an image is tried as a proxy's.
+pub(super) fn proxy_trial(application: &AppName) -> String {
+    format!("{}-trial", proxy(application))
+}
+
 /// The proxy's own network. Application names begin with a letter, so the second '-' sorts before any revision's network.
 pub fn proxy_network(application: &AppName) -> String {
     format!("{NETWORK_PREFIX}-{application}")

@@ -319,7 +319,7 @@ async fn through(platform: &DockerPlatform, deployment: &Deployment, state: &Sta
 }
 
 /// Where this process reaches a listener: the published port from the host, the proxy by name from a revision's network.
-fn way_in(platform: &DockerPlatform, listener: &super::config::ListenerConfig) -> (String, u16) {
+pub(super) fn way_in(platform: &DockerPlatform, listener: &super::config::ListenerConfig) -> (String, u16) {
     match &platform.vantage {
         Vantage::Inside(_) => (names::proxy(&platform.config.application), listener.inside()),
         Vantage::Host => {
