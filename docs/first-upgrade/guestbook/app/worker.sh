@@ -3,10 +3,10 @@
 . /db.sh
 trap 'exit 0' TERM INT
 while :; do
-    all=$(db dump)
-    wrote=$(echo "$all" | sed -n 's/^\(2|\)\{0,1\}wrote //p')
-    for row in $wrote; do
-        echo "$all" | grep -qE "^(2\|)?worked $row\$" || db add "$SCHEMA" "worked $row" >/dev/null
+    left=$(db dump | sed 's/^2|//' | awk '$1 == "wrote" { wrote[$2] } $1 == "worked" { worked[$2] }
+        END { for (row in wrote) if (!(row in worked)) print row }')
+    for row in $left; do
+        db add "$SCHEMA" "worked $row" >/dev/null
     done
     sleep 1 &
     wait $!
