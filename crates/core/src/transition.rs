@@ -26,7 +26,9 @@ pub enum Refused {
     InFlight { from: State },
     #[error("there is no snapshot to roll back to")]
     NoSnapshot,
-    #[error("{why}: restore the data first, then roll back and say that they are restored")]
+    #[error(
+        "{why}: restore the data first, then roll back and say that they are restored (replank rollback --data-restored)"
+    )]
     Closed { why: String },
     #[error(
         "the controller of {version} reads record format {reads}, and this record needs {needs}: it could not take the wheel; \

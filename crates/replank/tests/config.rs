@@ -614,3 +614,16 @@ fn the_reference_application_is_the_contract_s() {
     }
     assert!(Settings::is_in_environment(&Environment::of(&all)) && !Settings::is_in_environment(&Environment::of(&[])));
 }
+
+#[test]
+fn the_service_is_reached_where_its_listener_publishes_it() {
+    let at = |more: &str, revision: Option<&str>| {
+        let env = [("REPLANK_REVISION", revision.unwrap_or_default())];
+        parse(&format!("{GOOD}\n{more}"), &env).unwrap().reached_at().to_string()
+    };
+    let listener = "[listeners.upgrade]\npublish = 18086\ncontainer = \"replank\"\nport = ";
+    assert_eq!(at("", None), "127.0.0.1:9000", "nothing publishes it");
+    assert_eq!(at(&format!("{listener}9000\n"), None), "127.0.0.1:18086");
+    assert_eq!(at(&format!("{listener}9000\n"), Some("r1")), "127.0.0.1:9000", "from inside of a controller");
+    assert_eq!(at(&format!("{listener}9001\n"), None), "127.0.0.1:9000", "another port of the same container");
+}

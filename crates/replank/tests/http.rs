@@ -471,6 +471,22 @@ async fn the_row_is_the_contract_s() {
     });
     let row = get(&server, READER, "/api/upgrade/status").await.json();
     assert_eq!(row["phase_detail"].as_str().unwrap().chars().count(), 240);
+    assert_eq!(row["rollback_closed"], "");
+
+    // A way back that the data have closed is no way back until they are restored.
+    server.engine.set(|record| {
+        if let Some(snapshot) = &mut record.snapshot {
+            snapshot.closed = Some("0.2.0 has had the data".to_owned());
+        }
+        let fault = replank_core::fault::Told::permanent("it does not come up", "");
+        let mut swap = swap.clone();
+        if let WayBack::Snapshot(snapshot) = &mut swap.way_back {
+            snapshot.closed = Some("0.2.0 has had the data".to_owned());
+        }
+        record.phase = Phase::FailedRollout { fault, swap };
+    });
+    let row = get(&server, READER, "/api/upgrade/status").await.json();
+    assert_eq!(row["rollback_closed"], "0.2.0 has had the data");
 }
 
 #[tokio::test]

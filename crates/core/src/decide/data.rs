@@ -25,12 +25,14 @@ pub(super) fn decide(view: &View<'_>, swap: &Swap, job: &Job) -> Option<Decision
     if let Some(Ended::Well { outcome: Outcome::Stepped { exit_code }, .. }) = view.tasks.ended.get(&task) {
         return Some(Decision::Record(match exit_code {
             0 => Event::StepDone { step: name.clone() },
-            code => Event::Failed { fault: failed(step, &format!("{name} ended with exit code {code}")) },
+            code => Event::Failed { fault: failed(swap, step, &format!("{name} ended with exit code {code}")) },
         }));
     }
     Some(match view.pause(&task) {
-        Pause::GaveUp(told) => Decision::Record(Event::Failed { fault: failed(step, &told.what) }),
-        _ if view.now >= until.plus(GRACE) => over(view, step.budget, &format!("{name} did not end"), advice(step)),
+        Pause::GaveUp(told) => Decision::Record(Event::Failed { fault: failed(swap, step, &told.what) }),
+        _ if view.now >= until.plus(GRACE) => {
+            over(view, step.budget, &so_far(swap, step, &format!("{name} did not end")), advice(step))
+        }
         Pause::None => {
             let key = job.key(&data_step(name), 1);
             Decision::Act(Action::Step { step: name.clone(), key, until })
@@ -45,8 +47,16 @@ pub(super) fn since(view: &View<'_>, job: &Job) -> Millis {
     crate::data::ended_at(job).unwrap_or(view.record.entered_at).max(view.record.entered_at)
 }
 
-fn failed(step: &DataStep, what: &str) -> Told {
-    Told { class: Class::Permanent, what: what.to_owned(), advice: advice(step).to_owned() }
+/// The job ends as a failed rollout also where its first act failed: what that means for users is said beside it.
+fn so_far(swap: &Swap, step: &DataStep, what: &str) -> String {
+    match (step.kind, &swap.from) {
+        (StepKind::Backup, Some(from)) => format!("{what}; nothing was changed, and {} serves", from.version),
+        (StepKind::Backup, None) | (StepKind::Migrate, _) => what.to_owned(),
+    }
+}
+
+fn failed(swap: &Swap, step: &DataStep, what: &str) -> Told {
+    Told { class: Class::Permanent, what: so_far(swap, step, what), advice: advice(step).to_owned() }
 }
 
 fn advice(step: &DataStep) -> &'static str {

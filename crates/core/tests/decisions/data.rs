@@ -72,7 +72,15 @@ fn a_step_that_fails_ends_the_job_and_is_not_run_again() {
     let record = after(&rolling_out(Schema::Unknown), &[intended("backup")]);
     let decision = at_work(&record).ended("data-backup", ended(3)).decide();
     let Decision::Record(Event::RollbackStarted { reason, .. }) = &decision else { panic!("{decision:?}") };
-    assert!(reason.contains("exit code 3"), "{reason}");
+    assert!(reason.contains("exit code 3; nothing was changed, and 0.1.0 serves"), "{reason}");
+    // A migration that fails may have changed anything.
+    let migrating = after(&record, &[done("backup"), intended("migrate-app")]);
+    let Decision::Record(Event::RollbackStarted { reason, .. }) =
+        at_work(&migrating).ended("data-migrate-app", ended(3)).decide()
+    else {
+        panic!()
+    };
+    assert!(reason.contains("exit code 3") && !reason.contains("nothing was changed"), "{reason}");
     let again = apply(&record, &intended("backup"), Millis(0));
     assert!(matches!(again, Err(Refused::Inconsistent { .. })), "{again:?}");
     let twice = apply(&after(&record, &[done("backup")]), &done("backup"), Millis(0));

@@ -111,10 +111,10 @@ impl Run<'_> {
         let settings = has_settings.then(|| self.settings().ok()).flatten();
         let url =
             self.global.url.clone().or_else(|| self.env.get("REPLANK_URL").map(str::to_owned)).unwrap_or_else(|| {
-                let listen = settings.as_ref().map_or(crate::config::LISTEN, |s| s.server.listen);
-                let host = if listen.ip().is_unspecified() { "127.0.0.1".to_owned() } else { listen.ip().to_string() };
+                let at = settings.as_ref().map_or(crate::config::LISTEN, Settings::reached_at);
+                let host = if at.ip().is_unspecified() { "127.0.0.1".to_owned() } else { at.ip().to_string() };
                 let host = if host.contains(':') { format!("[{host}]") } else { host };
-                format!("http://{host}:{}", listen.port())
+                format!("http://{host}:{}", at.port())
             });
         let uri: Option<http::Uri> = url.parse().ok();
         if !uri.is_some_and(|u| {

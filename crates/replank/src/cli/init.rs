@@ -162,6 +162,13 @@ fn told(out: &mut dyn std::io::Write, outcome: &Outcome, target: &Path, written:
             left.join(" ")
         ));
     }
+    let taken = outcome.taken_over();
+    if !taken.is_empty() {
+        steps.push(format!(
+            "end what compose runs of it, as both want the same ports: docker compose stop {}",
+            taken.join(" ")
+        ));
+    }
     steps.push(format!("replank deploy --config {}", target.display()));
     for (index, step) in steps.iter().enumerate() {
         writeln!(out, "  {}. {}", index + 1, plain::line(step, false))?;

@@ -152,7 +152,10 @@ pub fn status(out: &mut dyn Write, row: &Row, style: &Style) -> io::Result<()> {
         let accepted = if row.drift_accepted { " (accepted)" } else { "" };
         say(if at == 0 { "drift" } else { "" }, format!("{}{accepted}", clean(sentence)))?;
     }
-    if !row.rollback_available_until.is_empty() {
+    if !row.rollback_closed.is_empty() {
+        let why = clean(&row.rollback_closed);
+        say("rollback", format!("closed, as {why}: restore the data, then `replank rollback --data-restored`"))?;
+    } else if !row.rollback_available_until.is_empty() {
         say("rollback", format!("possible until {}", style.time(&row.rollback_available_until)))?;
     }
     Ok(())

@@ -245,6 +245,19 @@ impl Settings {
         check::settings(&doc, file, env)
     }
 
+    /// Where this machine reaches the service: at the listener that publishes the controller, from outside of it; else where it
+    /// listens itself. A listener with TLS has a name that only its certificate knows.
+    pub fn reached_at(&self) -> SocketAddr {
+        let published = |listener: &&ListenerConfig| {
+            let is_controller = self.platform.containers.get(&listener.container).is_some_and(|c| c.controller);
+            is_controller && listener.port == self.server.listen.port() && listener.tls.is_none()
+        };
+        match self.platform.listeners.values().find(published) {
+            Some(listener) if self.revision.is_none() => SocketAddr::new(listener.bind, listener.publish),
+            Some(_) | None => self.server.listen,
+        }
+    }
+
     pub fn ledger_dir(&self) -> PathBuf {
         self.home.join("ledger")
     }

@@ -98,6 +98,9 @@ pub struct Row {
     /// What to do about it.
     #[serde(default)]
     pub advice: String,
+    /// Why a rollback is refused until the data are restored; empty while it is open.
+    #[serde(default)]
+    pub rollback_closed: String,
     /// How what runs differs from what was recorded, one sentence each. An upgrade starts once this is empty or accepted.
     #[serde(default)]
     pub drift: Vec<String>,
@@ -227,6 +230,7 @@ impl Row {
             next_deadline: time(live.next_deadline),
             failure: text(fault_of(&record.phase).map(|fault| &fault.what)),
             advice: text(fault_of(&record.phase).map(|fault| &fault.advice)),
+            rollback_closed: replank_core::data::closed_for(record).unwrap_or_default(),
             drift: record.drift.as_ref().map(|drift| drift.what.clone()).unwrap_or_default(),
             drift_since: time(record.drift.as_ref().map(|drift| drift.since)),
             drift_accepted: record.drift.as_ref().is_some_and(|drift| drift.accepted),

@@ -270,6 +270,14 @@ impl Outcome {
         self.plan.of_kind(|kind| kind == plan::Kind::ThirdParty).map(|s| s.name.as_str()).collect()
     }
 
+    /// Services that compose runs so far and Replank takes over; none where there is no compose file.
+    pub fn taken_over(&self) -> Vec<&str> {
+        if self.plan.compose.is_none() {
+            return Vec::new();
+        }
+        self.plan.of_kind(plan::Kind::is_run).map(|s| s.name.as_str()).collect()
+    }
+
     pub fn has_remote(&self) -> bool {
         self.plan.remote.is_some()
     }

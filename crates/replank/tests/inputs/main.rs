@@ -9,6 +9,7 @@ mod config;
 mod disk;
 mod downgrade;
 mod drift;
+mod first_upgrade;
 mod init;
 mod ledger;
 mod parts;

@@ -105,8 +105,21 @@ async fn a_backup_is_made_by_what_runs() {
     let backup = step(&green, StepKind::Backup);
     let code = app.platform.run_step(&blue, &backup, &key("backup"), in_seconds(60), &Lines::default()).await;
     assert_eq!((code.expect("backup"), read(&data, "backup").as_str()), (0, "saved\n"));
-    let image = app.docker(&["inspect", "-f", "{{.Config.Image}}", &app.full_name(&blue, "backup")]);
+    let image = app.docker(&[
+        "inspect",
+        "-f",
+        "{{.Config.Image}}",
+        &format!("{}-{}", app.full_name(&blue, "backup"), key("backup")),
+    ]);
     assert_eq!(image, blue.images[&component()].reference());
+    // The next job makes its own, while the same revision serves: the first one's container is no obstacle.
+    let next = app.deployment("r3", "0.3.0").await;
+    std::fs::remove_file(data.path().join("backup")).expect("the first copy");
+    let code = app
+        .platform
+        .run_step(&blue, &step(&next, StepKind::Backup), &key("next"), in_seconds(60), &Lines::default())
+        .await;
+    assert_eq!((code.expect("the second backup"), read(&data, "backup").as_str()), (0, "saved\n"));
     // A migration's exit code is passed on as it is.
     let migrate = step(&green, StepKind::Migrate);
     let code = app.platform.run_step(&green, &migrate, &key("migrate"), in_seconds(60), &Lines::default()).await;

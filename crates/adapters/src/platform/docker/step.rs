@@ -9,7 +9,7 @@ use bollard::query_parameters::{
     CreateContainerOptions, LogsOptionsBuilder, StartContainerOptions, StopContainerOptions,
 };
 use futures_util::StreamExt as _;
-use replank_core::data::DataStep;
+use replank_core::data::{DataStep, StepKind};
 use replank_core::fault::Fault;
 use replank_core::ports::{Log, Stream};
 use replank_core::record::Deployment;
@@ -35,7 +35,7 @@ pub(super) async fn run(
 ) -> Result<i64, Fault> {
     let engine = platform.engine()?;
     let work = Work { platform, engine: &engine };
-    let full = names::container(&platform.config.application, &deployment.revision, &step.name);
+    let full = full_name(platform, deployment, step, key);
     let deadline = Instant::now() + Duration::from_millis(until.since(platform.clock.now()));
     let found = match find(&work, &full, key).await? {
         Some(found) => found,
@@ -48,6 +48,16 @@ pub(super) async fn run(
         started.map_err(|error| classify(error, &format!("data step {full} cannot be started")))?;
     }
     follow(&work, &full, &id, deadline, log).await
+}
+
+/// A backup runs in the revision that serves, which may see many a job: each has a container of its own there. A migration runs in
+/// its own job's revision.
+fn full_name(platform: &DockerPlatform, deployment: &Deployment, step: &DataStep, key: &OpKey) -> String {
+    let name = names::container(&platform.config.application, &deployment.revision, &step.name);
+    match step.kind {
+        StepKind::Backup => format!("{name}-{key}"),
+        StepKind::Migrate => name,
+    }
 }
 
 /// Passes the log on until the container has ended.
