@@ -4,6 +4,7 @@ mod api;
 mod bench;
 mod build;
 mod demo;
+mod faults;
 mod fuzz;
 mod sim;
 mod test;
@@ -38,6 +39,8 @@ enum Task {
     Api(api::Options),
     /// Plays upgrades under virtual time, with ports that fail in every way, and judges what each leaves.
     Sim(sim::Options),
+    /// Strikes every recorded step and every effect of real upgrades with every fault, and judges what each leaves.
+    Faults(faults::Options),
     /// Checks what the compiler does not: dependencies, imports, sizes of files.
     Tidy,
     /// Starts what tests and experiments need (engine, registry, git server, images, sample), prints the environment
@@ -65,6 +68,7 @@ fn run() -> Result<ExitCode> {
         Task::Fuzz(options) => fuzz::run(&options),
         Task::Api(options) => api::run(&options),
         Task::Sim(options) => sim::run(&options),
+        Task::Faults(options) => faults::run(&options),
         Task::Tidy => tidy::run(),
         Task::Engine(options) => world::run(&options).map(|()| ExitCode::SUCCESS),
     }
