@@ -23,7 +23,7 @@ pub const STRUCK: &str = "struck.json";
 pub const AT: &str = "at.json";
 /// Whoever was stopped may go on.
 pub const GO: &str = "go";
-/// Every step that was come to, one a line, since the file was made.
+/// Every step that was come to, one a line, since the file was made: by whichever controller.
 pub const TRACE: &str = "trace";
 
 const LOOK_EVERY: Duration = Duration::from_millis(2);
@@ -57,6 +57,11 @@ impl Gate {
         if point.side != side || point.step != Step(step.to_owned()) {
             return Ok(());
         }
+        let passed = fs::read_to_string(self.directory.join(TRACE)).unwrap_or_default();
+        let here = line(step, side);
+        if passed.lines().filter(|one| *one == here).count() < point.nth {
+            return Ok(());
+        }
         // Whoever moves the file is the one that is struck.
         if fs::rename(&armed, self.directory.join(STRUCK)).is_err() {
             return Ok(());
@@ -87,9 +92,16 @@ impl Gate {
     fn trace(&self, step: &str, side: Side) {
         // Made by whoever wants it; one short line is written at once or not at all.
         let Ok(mut file) = fs::OpenOptions::new().append(true).open(self.directory.join(TRACE)) else { return };
-        let side = if side == Side::Before { "before" } else { "after" };
-        if let Err(error) = file.write_all(format!("{side} {step}\n").as_bytes()) {
+        if let Err(error) = file.write_all(format!("{}\n", line(step, side)).as_bytes()) {
             eprintln!("the trace cannot be written: {error}");
         }
     }
+}
+
+fn line(step: &str, side: Side) -> String {
+    let side = match side {
+        Side::Before => "before",
+        Side::After => "after",
+    };
+    format!("{side} {step}")
 }

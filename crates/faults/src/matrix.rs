@@ -17,8 +17,9 @@ use crate::rig::{JOB_LIMIT, RESTING, Rig};
 pub const RESUME_LIMIT_SECONDS: f64 = 30.0;
 /// How long a stopped controller stands still where nobody takes over: beyond the lease of 15 s.
 const STOPPED: Duration = Duration::from_secs(18);
-/// Nobody else could have taken over, or everything was recorded already.
+/// Between two looks for who stands at the fault: a kill must come before anything else does.
 const LOOK_EVERY: Duration = Duration::from_millis(3);
+const STATUS_EVERY: Duration = Duration::from_secs(1);
 /// Of a failed rollout: until the way back has been taken.
 const PUT_RIGHT_LIMIT: Duration = Duration::from_secs(120);
 
@@ -73,6 +74,15 @@ impl Scenario {
                 Self::BlueGreen | Self::Rollback | Self::Degrading | Self::Single,
                 Played::Upgrade | Played::Rollback | Played::Degrading | Played::Data | Played::Fault | Played::Alone,
             ) => false,
+        }
+    }
+
+    /// The first step that another scenario's job does not have as well; `None` for all of them.
+    fn begins_to_differ(self) -> Option<&'static str> {
+        match self {
+            Self::BlueGreen | Self::Rollback => None,
+            Self::Degrading => Some("record flip_intended"),
+            Self::Single => Some("record escape_hatch"),
         }
     }
 
@@ -153,22 +163,29 @@ impl Stage {
         let trace = std::fs::read_to_string(self.rig.gate(gate::TRACE))?;
         std::fs::remove_file(self.rig.gate(gate::TRACE))?;
         ensure!(told.violations.is_empty(), "undisturbed: {}", told.violations.join("; "));
-        let mut steps: Vec<(Side, Step)> = Vec::new();
+        let mut steps: Vec<(Side, Step, usize)> = Vec::new();
+        let mut passed: Vec<&str> = Vec::new();
+        let mut differs = self.scenario.begins_to_differ().is_none();
+        let mut seen = BTreeSet::new();
         for line in trace.lines() {
             let (side, step) = line.split_once(' ').context("a line of the trace has two parts")?;
             let side = if side == "before" { Side::Before } else { Side::After };
-            let one = (side, Step(step.to_owned()));
-            if one.1.is_of_a_job() && !steps.contains(&one) {
-                steps.push(one);
+            differs |= self.scenario.begins_to_differ() == Some(step);
+            passed.push(line);
+            let nth = passed.iter().filter(|one| **one == line).count();
+            let step = Step(step.to_owned());
+            seen.extend(step.event().map(str::to_owned));
+            let is_new = !steps.iter().any(|(s, known, _)| *s == side && known.kind() == step.kind());
+            if differs && is_new && step.is_of_a_job() {
+                steps.push((side, step, nth));
             }
         }
-        let seen: BTreeSet<&str> = steps.iter().filter_map(|(_, step)| step.event()).collect();
         for (event, _) in EVENTS.iter().filter(|(_, played)| self.scenario.shows(*played)) {
-            ensure!(seen.contains(event), "an undisturbed {} does not record '{event}'", self.scenario.name());
+            ensure!(seen.contains(*event), "an undisturbed {} does not record '{event}'", self.scenario.name());
         }
-        let all = steps.into_iter().flat_map(|(side, step)| {
-            let possible = Effect::ALL.into_iter().filter(move |effect| effect.is_possible(side));
-            possible.map(move |effect| Point { step: step.clone(), side, effect })
+        let all = steps.into_iter().flat_map(|(side, step, nth)| {
+            let effects = step.effects(side).into_iter();
+            effects.map(move |effect| Point { step: step.clone(), side, nth, effect })
         });
         Ok(all.collect())
     }
@@ -179,6 +196,7 @@ impl Stage {
     /// When the rig itself fails, after which it is of no more use.
     pub async fn strike(&mut self, point: &Point) -> Result<Outcome> {
         let prepared = self.prepare().await?;
+        std::fs::write(self.rig.gate(gate::TRACE), "")?;
         for file in [gate::STRUCK, gate::AT, gate::GO] {
             if self.rig.gate(file).exists() {
                 std::fs::remove_file(self.rig.gate(file))?;
@@ -288,15 +306,18 @@ impl Stage {
     async fn struck(&self, point: &Point) -> Result<Struck> {
         let end = Instant::now() + JOB_LIMIT;
         let file = self.rig.gate(gate::AT);
-        let mut rested = None;
+        let (mut rested, mut looked) = (None::<Instant>, Instant::now());
         let at: At = loop {
             if let Ok(bytes) = std::fs::read(&file) {
                 break serde_json::from_slice(&bytes)?;
             }
-            // At rest for long: what is done there was done.
-            let state = self.rig.installed.status().await.map(|row| row["state"].clone());
-            let is_over = state.is_ok_and(|state| state == self.scenario.ends());
-            rested = if is_over { rested.or_else(|| Some(Instant::now())) } else { None };
+            // At rest for long: what is done there was done. Not asked often, nor waited for: the fault must be met at once.
+            if looked.elapsed() > STATUS_EVERY {
+                looked = Instant::now();
+                let row = tokio::time::timeout(STATUS_EVERY, self.rig.installed.status()).await;
+                let is_over = row.is_ok_and(|row| row.is_ok_and(|row| row["state"] == self.scenario.ends()));
+                rested = if is_over { rested.or_else(|| Some(Instant::now())) } else { None };
+            }
             let is_settled = rested.is_some_and(|since| since.elapsed() > STOPPED);
             if is_settled || Instant::now() >= end {
                 return Ok(Struck::Missed);

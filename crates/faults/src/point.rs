@@ -1,7 +1,6 @@
 //! Where a fault can strike: every event that is recorded and every effect that is made, before it and after it.
 
 use std::fmt;
-use std::str::FromStr;
 
 use replank_core::event::Event;
 use replank_core::ports::Change;
@@ -32,20 +31,6 @@ pub enum Effect {
     Indeterminate,
 }
 
-impl Effect {
-    pub const ALL: [Self; 6] =
-        [Self::Kill, Self::Stop, Self::Transient, Self::Permanent, Self::Conflict, Self::Indeterminate];
-
-    /// Whether this can happen on that side: what was done has not failed, its answer is lost at worst.
-    pub fn is_possible(self, side: Side) -> bool {
-        match (self, side) {
-            (Self::Kill | Self::Stop | Self::Indeterminate, Side::Before | Side::After) => true,
-            (Self::Transient | Self::Permanent | Self::Conflict, Side::Before) => true,
-            (Self::Transient | Self::Permanent | Self::Conflict, Side::After) => false,
-        }
-    }
-}
-
 /// A step, as the trace of an undisturbed job names it: `record intended start-new`, `change start`, `build api`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Step(pub String);
@@ -55,30 +40,15 @@ pub struct Step(pub String);
 pub struct Point {
     pub step: Step,
     pub side: Side,
+    /// At the how manieth time that the job comes there, from 1.
+    pub nth: usize,
     pub effect: Effect,
 }
 
 impl fmt::Display for Point {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {} {}", word(&self.effect), word(&self.side), self.step.0)
-    }
-}
-
-impl FromStr for Point {
-    type Err = String;
-
-    /// Reads `kill before record claimed`.
-    fn from_str(text: &str) -> Result<Self, String> {
-        let mut words = text.splitn(3, ' ');
-        let mut next =
-            || words.next().ok_or_else(|| format!("{text:?} is no fault; one is: kill before record claimed"));
-        let (effect, side, step) = (next()?, next()?, next()?);
-        let read = |word: &str| serde_json::Value::String(word.to_owned());
-        Ok(Self {
-            effect: serde_json::from_value(read(effect)).map_err(|e| e.to_string())?,
-            side: serde_json::from_value(read(side)).map_err(|e| e.to_string())?,
-            step: Step(step.to_owned()),
-        })
+        write!(f, "{} {} {}", word(&self.effect), word(&self.side), self.step.0)?;
+        if self.nth == 1 { Ok(()) } else { write!(f, " #{}", self.nth) }
     }
 }
 
@@ -173,6 +143,25 @@ impl Step {
     /// The recorded event's name, where the step is one.
     pub fn event(&self) -> Option<&str> {
         self.0.strip_prefix("record ")?.split(' ').next()
+    }
+
+    /// What can go wrong on one side of it. What was done has not failed: its answer is lost at worst. A ledger that cannot be used
+    /// is the same thing whatever the reason.
+    #[must_use]
+    pub fn effects(&self, side: Side) -> Vec<Effect> {
+        match (side, self.event()) {
+            (Side::Before, Some(_)) => vec![Effect::Kill, Effect::Stop, Effect::Transient],
+            (Side::Before, None) => vec![Effect::Kill, Effect::Stop, Effect::Transient, Effect::Permanent],
+            (Side::After, _) => vec![Effect::Kill, Effect::Stop, Effect::Indeterminate],
+        }
+    }
+
+    /// The step without the component that it is about: all components are built the same way, at the same time.
+    #[must_use]
+    pub fn kind(&self) -> &str {
+        let one_of_many = ["record build_intended", "record built", "build"];
+        let (kind, _) = self.0.rsplit_once(' ').unwrap_or((&self.0, ""));
+        if one_of_many.contains(&kind) { kind } else { &self.0 }
     }
 
     /// Whether a job that is played has this step of its own: what only an operator, the remote or another fault brings about

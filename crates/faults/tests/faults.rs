@@ -11,7 +11,7 @@ const STRUCK: [&str; 5] = [
     "kill before record handed_over",
     "kill after change start",
     "stop before change shift",
-    "transient before build api",
+    "transient before build",
     "indeterminate after record intended settle",
 ];
 
@@ -21,9 +21,9 @@ async fn pipeline_a_fault_of_each_kind_ends_as_if_it_had_not_been() {
     let mut stage = Stage::start(Engine::from_env().unwrap(), program, Scenario::BlueGreen).unwrap();
     let points = stage.points().await.unwrap();
     for text in STRUCK {
-        let point = text.parse().unwrap();
-        assert!(points.contains(&point), "{text} is not among {points:?}");
-        let outcome = stage.strike(&point).await.unwrap();
+        let named = points.iter().find(|point| point.to_string().starts_with(text));
+        let point = named.unwrap_or_else(|| panic!("{text} is not among {points:?}"));
+        let outcome = stage.strike(point).await.unwrap();
         eprintln!("{text}: {:.1} s, went on after {:?} s", outcome.took.as_secs_f64(), outcome.resumed_s);
         assert!(outcome.violations.is_empty(), "{text}: {}", outcome.violations.join("\n"));
     }
