@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::gate::{self, At};
 use crate::judge::{self, Kept};
 use crate::point::{EVENTS, Effect, Played, Point, Side, Step};
-use crate::rig::{JOB_LIMIT, RESTING, Rig};
+use crate::rig::{Controllers, JOB_LIMIT, RESTING, Rig};
 
 /// Promise 1: from the death of a controller, or the return of one that stood still alone.
 pub const RESUME_LIMIT_SECONDS: f64 = 30.0;
@@ -140,7 +140,7 @@ impl Stage {
     /// # Errors
     /// As [`Rig::start`].
     pub fn start(engine: Engine, program: PathBuf, scenario: Scenario) -> Result<Self> {
-        Ok(Self { scenario, rig: Rig::start(engine, program, scenario.mode())? })
+        Ok(Self { scenario, rig: Rig::start(engine, Controllers::with_faults(program), scenario.mode())? })
     }
 
     /// An installation serves every scenario of its mode.

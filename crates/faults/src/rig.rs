@@ -41,19 +41,41 @@ pub struct Rig {
     pub engine: Engine,
     sample: Sample,
     minor: u32,
+    /// What the controllers of the next releases are made from, and the record format that it reads.
+    controllers: Controllers,
     _git: GitServer,
     _scratch: Scratch,
 }
 
+/// A base image for controllers.
+#[derive(Debug, Clone)]
+pub struct Controllers {
+    /// The image's name.
+    pub runtime: &'static str,
+    /// The static program in it.
+    pub program: PathBuf,
+    /// The highest record format that the program reads.
+    pub reads: u32,
+}
+
+impl Controllers {
+    /// Those with fault points.
+    #[must_use]
+    pub fn with_faults(program: PathBuf) -> Self {
+        Self { runtime: RUNTIME, program, reads: replank_core::format::FORMAT }
+    }
+}
+
 impl Rig {
-    /// Installs a first release. `program` is the static program with fault points.
+    /// Installs a first release, with these controllers and by their program.
     ///
     /// # Errors
     /// When a part does not start, or the deployment fails.
-    pub fn start(engine: Engine, program: PathBuf, mode: &'static str) -> Result<Self> {
+    pub fn start(engine: Engine, controllers: Controllers, mode: &'static str) -> Result<Self> {
         cleanup::on_signals()?;
         let gateway = engine.gateway().context("the engine is not on this machine")?;
-        images::runtime_as(&engine, RUNTIME, &program, replank_core::format::FORMAT)?;
+        let program = controllers.program.clone();
+        images::runtime_as(&engine, controllers.runtime, &program, controllers.reads)?;
         let scratch = Scratch::create()?;
         let sample = Sample::create(scratch.path(), SampleOptions::small())?;
         let git = GitServer::start(scratch.path(), &GitServerOptions { bind: IpAddr::V4(gateway), sign_in: None })?;
@@ -68,10 +90,20 @@ impl Rig {
             policy: vec![],
         })?;
         std::fs::create_dir_all(installed.options.home.join(gate::DIRECTORY))?;
-        let mut rig = Self { installed, engine, sample, minor: FIRST_MINOR, _git: git, _scratch: scratch };
+        let mut rig = Self { installed, engine, sample, minor: FIRST_MINOR, controllers, _git: git, _scratch: scratch };
         let first = rig.release(true)?;
         rig.installed.deploy(&first)?;
         Ok(rig)
+    }
+
+    /// Releases from now on have these controllers.
+    ///
+    /// # Errors
+    /// When the engine refuses the image.
+    pub fn turn_to(&mut self, controllers: Controllers) -> Result<()> {
+        images::runtime_as(&self.engine, controllers.runtime, &controllers.program, controllers.reads)?;
+        self.controllers = controllers;
+        Ok(())
     }
 
     /// Publishes the next release, and answers its tag. One that is not good degrades while it is used.
@@ -87,8 +119,8 @@ impl Rig {
             format!("#define HEALTH_STATUS (pages > {PAGES_GOOD} ? 503 : 200)\n")
         };
         let controller = format!(
-            "FROM {RUNTIME}\nARG APP_VERSION\nENV APP_VERSION=$APP_VERSION\nLABEL io.replank.reads-format={}\n",
-            replank_core::format::FORMAT
+            "FROM {}\nARG APP_VERSION\nENV APP_VERSION=$APP_VERSION\nLABEL io.replank.reads-format={}\n",
+            self.controllers.runtime, self.controllers.reads
         );
         let files = [
             Entry::file("api/health.h", health),
