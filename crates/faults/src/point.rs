@@ -129,6 +129,7 @@ events! {
     Event::QuarantineLifted { .. } => "quarantine_lifted" Alone,
     Event::DriftAccepted { .. } => "drift_accepted" Alone,
     Event::DriftSeen { .. } => "drift_seen" Alone,
+    Event::MovedTagAccepted { .. } => "moved_tag_accepted" Alone,
     Event::Kept { .. } => "kept" Alone,
     Event::TrackCommits { .. } => "track_commits" Alone,
     Event::TokenChanged { .. } => "token_changed" Alone,
