@@ -23,20 +23,23 @@ pub(crate) struct Options {
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     setup::ensure()?;
     let build = Build::new()?;
-    let first = first(&build, options)?;
-    let raised = raised(&build)?;
+    let programs = programs(&build, options.without_first)?;
     let world = World::start(build.replank(Profile::Dev)?, sample::SampleOptions::small().units)?;
     let mut tests = tied(&build.cargo(&["test", "--package", "replank-faults", "--test", "versions"]));
-    tests
-        .args(["--", "--test-threads", "1", "--nocapture"])
-        .envs(world.environment())
-        .env("REPLANK_RAISED_BIN", raised);
-    if let Some(first) = first {
-        tests.env("REPLANK_FIRST_BIN", first);
-    }
+    tests.args(["--", "--test-threads", "1", "--nocapture"]).envs(world.environment()).envs(programs);
     let status = tests.status().context("cannot start the tests")?;
     drop(world);
     Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))
+}
+
+/// Builds the other programs; each with the variable by which the tests know it.
+///
+/// # Errors
+/// When one does not build, or the first landed state is not here and is not done without.
+pub(crate) fn programs(build: &Build, without_first: bool) -> Result<Vec<(&'static str, PathBuf)>> {
+    let first = first(build, without_first)?.map(|program| ("REPLANK_FIRST_BIN", program));
+    let raised = ("REPLANK_RAISED_BIN", raised(build)?);
+    Ok(first.into_iter().chain([raised]).collect())
 }
 
 /// Kept below the target directory, as it never changes.
@@ -44,13 +47,13 @@ fn directory() -> PathBuf {
     images::target().join("versions")
 }
 
-fn first(build: &Build, options: &Options) -> Result<Option<PathBuf>> {
+fn first(build: &Build, without_first: bool) -> Result<Option<PathBuf>> {
     let commit = format!("{FIRST}^{{commit}}");
     let here = images::workspace();
     let is_here = process::run(Command::new("git").arg("-C").arg(&here).args(["cat-file", "-e", &commit])).is_ok();
     if !is_here {
         let what = format!("this clone does not have the first landed state, {FIRST}");
-        if !options.without_first {
+        if !without_first {
             bail!("{what}: fetch the whole history (git fetch --unshallow), or give --without-first");
         }
         eprintln!("SKIPPED: {what}; nothing is said about it");
