@@ -4,11 +4,13 @@ mod api;
 mod bench;
 mod build;
 mod demo;
+mod faults;
 mod fuzz;
 mod sim;
 mod test;
 mod tidy;
 mod tied;
+mod versions;
 mod world;
 
 use std::process::ExitCode;
@@ -38,6 +40,10 @@ enum Task {
     Api(api::Options),
     /// Plays upgrades under virtual time, with ports that fail in every way, and judges what each leaves.
     Sim(sim::Options),
+    /// Strikes every recorded step and every effect of real upgrades with every fault, and judges what each leaves.
+    Faults(faults::Options),
+    /// Lets the first landed state, this one and one with a raised record format hand one ledger to each other.
+    Versions(versions::Options),
     /// Checks what the compiler does not: dependencies, imports, sizes of files.
     Tidy,
     /// Starts what tests and experiments need (engine, registry, git server, images, sample), prints the environment
@@ -65,6 +71,8 @@ fn run() -> Result<ExitCode> {
         Task::Fuzz(options) => fuzz::run(&options),
         Task::Api(options) => api::run(&options),
         Task::Sim(options) => sim::run(&options),
+        Task::Faults(options) => faults::run(&options),
+        Task::Versions(options) => versions::run(&options),
         Task::Tidy => tidy::run(),
         Task::Engine(options) => world::run(&options).map(|()| ExitCode::SUCCESS),
     }

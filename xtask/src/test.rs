@@ -8,7 +8,7 @@ use replank_testbed::{process, sample, setup};
 use crate::build::Build;
 use crate::tied::tied;
 use crate::world::World;
-use crate::{api, fuzz, sim, tidy};
+use crate::{api, fuzz, sim, tidy, versions};
 
 /// For each fuzz target: long enough for what a change breaks at once; `cargo xtask fuzz` takes all the time it is given.
 const FUZZ_SECONDS: u64 = 8;
@@ -80,7 +80,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let mut runner = tied(&runner);
     runner.args(&options.runner).envs(world.environment());
     if options.full {
-        runner.env("REPLANK_FULL", "1");
+        runner.env("REPLANK_FULL", "1").envs(versions::programs(&build, false)?);
     }
     let status = runner.status().context("cannot start the test runner")?;
     drop(world);

@@ -58,8 +58,16 @@ pub async fn open_ledger(settings: &Settings) -> Result<(Store, Arc<SqliteLedger
     Ok((store, ledger))
 }
 
+/// What stands between a service and its ports. It is given by who calls, never by settings or the environment.
+pub type Between = fn(Ports, &Settings) -> Ports;
+
+/// Nothing stands between.
+pub fn as_they_are(ports: Ports, _: &Settings) -> Ports {
+    ports
+}
+
 /// Builds everything. The ledger is opened and, where it is new, gets its first record.
-pub async fn controller(settings: &Settings, env: &Environment) -> anyhow::Result<Controller> {
+pub async fn controller(settings: &Settings, env: &Environment, between: Between) -> anyhow::Result<Controller> {
     let clock = Arc::new(SystemClock);
     let ids = Arc::new(SystemIds);
     let me = me(settings)?;
@@ -96,6 +104,7 @@ pub async fn controller(settings: &Settings, env: &Environment) -> anyhow::Resul
         local_images: parts.local_images,
         platform: docker.clone().map(|docker| docker as Arc<dyn Platform>),
     };
+    let ports = between(ports, settings);
     let setup = Arc::new(Setup {
         application: settings.application.clone(),
         installation,

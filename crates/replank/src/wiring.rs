@@ -18,7 +18,7 @@ use replank_exec::outbound::SystemResolver;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::assemble::{self, Controller};
+use crate::assemble::{self, Between, Controller};
 use crate::config::Settings;
 use crate::config::env::Environment;
 use crate::engine::api::{Engine as _, Refusal, StartRequest};
@@ -40,6 +40,7 @@ pub struct ServeArgs {
     pub listen: SocketAddr,
     /// The answer of [`crate::http::dev_bypass`]: requests without a token count as the development identity.
     pub dev_bypass: bool,
+    pub between: Between,
 }
 
 /// `replank deploy`, parsed and checked.
@@ -83,9 +84,9 @@ pub async fn escape_hatch(settings: &Settings) -> anyhow::Result<Option<EscapeHa
 
 /// Runs a controller until it is told to stop.
 pub async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
-    let ServeArgs { settings, listen, dev_bypass } = args;
+    let ServeArgs { settings, listen, dev_bypass, between } = args;
     let env = Environment::of_process();
-    let controller = assemble::controller(&settings, &env).await?;
+    let controller = assemble::controller(&settings, &env, between).await?;
     let listener = tokio::net::TcpListener::bind(listen).await.with_context(|| {
         format!("the address {listen} cannot be listened on; choose another one in [server] listen")
     })?;
@@ -145,7 +146,7 @@ async fn look_regularly(engine: Arc<crate::engine::LocalEngine>) {
 pub async fn deploy(args: DeployArgs) -> anyhow::Result<ExitCode> {
     let env = Environment::of_process();
     let settings = &args.settings;
-    let controller = assemble::controller(settings, &env).await?;
+    let controller = assemble::controller(settings, &env, assemble::as_they_are).await?;
     let Some(docker) = &controller.docker else {
         anyhow::bail!(
             "this configuration runs nothing, so there is nothing to deploy; run `replank serve`, and `replank start` builds a release"

@@ -121,6 +121,14 @@ pub fn cc(engine: &Engine) -> Result<()> {
 /// # Errors
 /// When the packages cannot be fetched or the engine refuses.
 pub fn runtime(engine: &Engine, replank: &Path, reads_format: u32) -> Result<()> {
+    runtime_as(engine, RUNTIME, replank, reads_format)
+}
+
+/// The same under another name, for another program.
+///
+/// # Errors
+/// As [`runtime`].
+pub fn runtime_as(engine: &Engine, name: &str, replank: &Path, reads_format: u32) -> Result<()> {
     if engine.docker(&["image", "inspect", "--format", "{{.Id}}", RUNTIME_BASE]).is_err() {
         import(engine, &root_tar(&RUNTIME_ROOT)?, RUNTIME_BASE, &["ENV PATH=/usr/local/bin:/usr/bin:/bin"])?;
     }
@@ -131,7 +139,7 @@ pub fn runtime(engine: &Engine, replank: &Path, reads_format: u32) -> Result<()>
          ENTRYPOINT [\"/usr/local/bin/replank\"]\n"
     );
     fs::write(context.path().join("Dockerfile"), dockerfile)?;
-    engine.docker(&["build", "--quiet", "--tag", RUNTIME, &context.path().to_string_lossy()]).map(drop)
+    engine.docker(&["build", "--quiet", "--tag", name, &context.path().to_string_lossy()]).map(drop)
 }
 
 /// Where the roots of packages are kept between runs: `testbed` in cargo's target directory.

@@ -21,6 +21,7 @@ use super::{
     Because, Command, DowngradeArgs, DriftArgs, Global, Logs, QuarantineArgs, RoleArg, RollbackArgs, Start,
     TokenCommand, Wait, tokens,
 };
+use crate::assemble::Between;
 use crate::config::env::Environment;
 use crate::config::{FILE, Settings};
 use crate::http::row::Row;
@@ -37,11 +38,12 @@ pub(super) struct Run<'a> {
     pub(super) global: Global,
     pub(super) env: &'a Environment,
     pub(super) style: Style,
+    pub(super) between: Between,
 }
 
-pub async fn run(command: Command, global: Global, env: &Environment) -> Done {
+pub async fn run(command: Command, global: Global, env: &Environment, between: Between) -> Done {
     let colours = std::io::stdout().is_terminal() && env.get("NO_COLOR").is_none();
-    let run = Run { global, env, style: Style { colours, zone: TimeZone::system() } };
+    let run = Run { global, env, style: Style { colours, zone: TimeZone::system() }, between };
     match command {
         Command::Init(args) => run.init(args),
         Command::Doctor(args) => run.doctor(args).await,
@@ -174,7 +176,7 @@ impl Run<'_> {
         if settings.auth_dev_bypass && !dev_bypass {
             tracing::warn!("AUTH_DEV_BYPASS does nothing without --dev");
         }
-        Ok(wiring::serve(wiring::ServeArgs { settings, listen, dev_bypass }).await?)
+        Ok(wiring::serve(wiring::ServeArgs { settings, listen, dev_bypass, between: self.between }).await?)
     }
 
     async fn deploy(&self, args: super::Deploy) -> Done {

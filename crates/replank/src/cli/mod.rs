@@ -23,6 +23,7 @@ use std::process::ExitCode;
 
 use clap::{Args, CommandFactory as _, Parser, Subcommand, ValueEnum};
 
+use crate::assemble::{self, Between};
 use crate::config::env::Environment;
 use failure::{Code, Failure};
 
@@ -398,6 +399,12 @@ pub enum RoleArg {
 
 /// Parses, runs, reports. Everything that fails ends here as one line and an exit code.
 pub fn main(args: impl Iterator<Item = OsString>, env: &Environment) -> ExitCode {
+    main_with(args, env, assemble::as_they_are)
+}
+
+/// The same for a program that puts something of its own between the service and its ports, as one of the tests does: the one
+/// binary has no way to do so.
+pub fn main_with(args: impl Iterator<Item = OsString>, env: &Environment, between: Between) -> ExitCode {
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(error) => {
@@ -442,7 +449,7 @@ pub fn main(args: impl Iterator<Item = OsString>, env: &Environment) -> ExitCode
             .enable_all()
             .build()
             .map_err(|e| Failure::from(anyhow::Error::new(e).context("the program's threads could not be started")))
-            .and_then(|runtime| runtime.block_on(commands::run(command, cli.global, env))),
+            .and_then(|runtime| runtime.block_on(commands::run(command, cli.global, env, between))),
     };
     outcome.unwrap_or_else(|failure| {
         let line = if json {
