@@ -87,10 +87,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     thread::scope(|scope| {
         let threads: Vec<_> =
             (0..thread::available_parallelism().map_or(1, usize::from)).map(|_| scope.spawn(turn)).collect();
-        threads
-            .into_iter()
-            .map(|thread| thread.join().unwrap_or_else(|_| bail!("a fuzzer's thread panicked")))
-            .collect::<Result<()>>()
+        threads.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| bail!("a fuzzer's thread panicked")))
     })?;
     Ok(ExitCode::SUCCESS)
 }

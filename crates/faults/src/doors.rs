@@ -133,6 +133,10 @@ impl Source for Door<dyn Source> {
         self.inner.refs().await
     }
 
+    async fn peek(&self, target: &Target, since: Option<&CommitSha>, path: &str, max: usize) -> Result<Peeked, Fault> {
+        self.inner.peek(target, since, path, max).await
+    }
+
     async fn fetch(&self, job: &JobId, target: &Target, log: &dyn Log) -> Result<Tree, Fault> {
         self.effect("fetch", self.inner.fetch(job, target, log)).await
     }

@@ -134,6 +134,7 @@ events! {
     Event::TrackCommits { .. } => "track_commits" Alone,
     Event::TokenChanged { .. } => "token_changed" Alone,
     Event::LedgerRestored { .. } => "ledger_restored" Alone,
+    Event::ProxyUpgraded { .. } => "proxy_upgraded" Alone,
     Event::RefsSeen { .. } => "candidate_detected" Alone,
     Event::WayBackProved { .. } => "way_back_proved" Alone,
     Event::SnapshotDropped { .. } => "snapshot_dropped" Alone,

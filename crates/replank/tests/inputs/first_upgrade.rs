@@ -269,7 +269,7 @@ impl User {
                 if uploaded == Some(Some(201)) {
                     seen.uploads.insert(name, content);
                 }
-                if !page.as_ref().is_some_and(|(code, _)| *code == 200) {
+                if page.as_ref().is_none_or(|(code, _)| *code != 200) {
                     seen.wrong.push(format!("{number}: {page:?}"));
                 }
                 drop(seen);

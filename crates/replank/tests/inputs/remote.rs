@@ -99,7 +99,7 @@ fn a_moved_tag_is_refused_and_both_commits_are_named() {
     // An administrator may take it as it is now, and nothing else that it may become.
     refused(&accept(&rig, "0.1.1", &first), 3, &[&second, "look at what that is"]);
     refused(
-        &accept(&rig, "0.1.0", &rig.status()["running_sha"].as_str().expect("a commit").to_owned()),
+        &accept(&rig, "0.1.0", rig.status()["running_sha"].as_str().expect("a commit")),
         3,
         &["where it always was"],
     );
