@@ -63,6 +63,13 @@ pub fn fit_to_serve(seen: &Observation, want: &Deployment) -> Fit {
     compare(seen, want, want.plan.with_overlap(Overlap::Allowed), |plan| !plan.controller)
 }
 
+/// Whether what takes requests runs: a side whose controller is gone serves all the same.
+pub fn takes_requests(seen: &Observation, want: &Deployment) -> bool {
+    let controls = |name: &&ContainerName| want.plan.containers.get(*name).is_some_and(|plan| plan.controller);
+    let names = want.plan.with_overlap(Overlap::Allowed).filter(|name| !controls(name));
+    compare(seen, want, names, |_| true) == Fit::Up
+}
+
 fn compare<'a>(
     seen: &Observation,
     want: &Deployment,

@@ -298,11 +298,13 @@ pub(crate) fn stop_by_hand(state: &mut State) -> Option<(RevisionId, ContainerNa
     Some((id, name.clone()))
 }
 
-/// ... and starts it again, unless something else serves by now or it runs already.
+/// ... and starts it again, unless it runs already, or nobody needs its revision any more. Traffic may still be on its way to it.
 pub(crate) fn start_by_hand(world: &Arc<World>, (id, name): &(RevisionId, ContainerName)) {
     let mut state = world.state();
     let there = state.platform.revisions.get(id).and_then(|revision| revision.containers.get(name));
-    if state.platform.traffic.as_ref() == Some(id) && there.is_some_and(|c| !c.running) {
+    let record = state.ledger.record.as_ref();
+    let needed = record.into_iter().flat_map(|r| [&r.serving, &r.running]).flatten().any(|d| d.revision == *id);
+    if needed && there.is_some_and(|c| !c.running) {
         run(world, &mut state, id, name);
     }
 }

@@ -8,7 +8,7 @@ use crate::event::Event;
 use crate::phase::Phase;
 use crate::ports::{Change, Observation, RevisionSeen, Running};
 use crate::record::{ControllerId, Deployment, Overlap};
-use crate::swap::{Fit, Step, fit, fit_to_serve, hand_over};
+use crate::swap::{Fit, Step, fit, fit_to_serve, hand_over, takes_requests};
 use crate::words::{ContainerName, Millis};
 
 /// Between jobs: put right what a late effect changed, and retire what nobody needs any more.
@@ -131,10 +131,10 @@ fn settle_serving(
 /// to what was proved last, and after a late effect it may lead anywhere. What was proved and runs is what is left to serve.
 fn proved_serves(view: &View<'_>, serving: &Deployment, seen: &Observation) -> Option<Event> {
     let running = view.record.running.as_ref().filter(|running| running.revision != serving.revision)?;
-    let runs = |d: &Deployment| {
-        seen.revisions.get(&d.revision).is_some_and(RevisionSeen::runs) && fit_to_serve(seen, d) == Fit::Up
-    };
-    let is_gone = !runs(serving) && runs(running);
+    let runs = |d: &Deployment| seen.revisions.get(&d.revision).is_some_and(RevisionSeen::runs);
+    // A controller that was killed for good takes nothing from who answers; the one that drives goes on.
+    let is_there = runs(running) && takes_requests(seen, running);
+    let is_gone = is_there && !(runs(serving) && fit_to_serve(seen, serving) == Fit::Up);
     is_gone.then(|| Event::ProvedServes {
         why: format!("{} no longer runs, and {} is what was proved last", serving.version, running.version),
     })
