@@ -87,10 +87,10 @@ fn getrandom(bytes: &mut [u8]) {
 #[test]
 fn a_full_engine_fails_the_build_with_advice() {
     let place = Scratch::create().unwrap();
-    let small = Mounted::in_memory(&place.path().join("data"), 300);
+    let small = Mounted::in_memory(&place.path().join("data"), 600);
     let engine = EngineOptions { arguments: vec!["--storage-driver=vfs".to_owned()], data_root: Some(small.0.clone()) };
     let mut rig = Rig::start(Options { engine, ..Options::default() });
-    let big = "FROM testbed/busybox\nRUN dd if=/dev/zero of=/big bs=1M count=400\n";
+    let big = "FROM testbed/busybox\nRUN dd if=/dev/zero of=/big bs=1M count=700\n";
     rig.publish("0.1.1", &[Entry::file("app/Dockerfile", big)]);
     rig.fails("0.1.1", &["the build of app failed", "space"]);
     rig.goes_on("0.2.0");

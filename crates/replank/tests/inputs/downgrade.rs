@@ -7,6 +7,7 @@ fn a_downgrade_is_an_action_of_its_own_and_can_be_rolled_back() {
     let mut rig = Rig::start(Options::default());
     rig.publish("0.2.0", &release("0.2.0"));
     rig.until_offered("0.2.0");
+    rig.watch.take().expect("a watch").flawless();
     rig.publish("0.3.0", &release("0.3.0"));
     rig.until_offered("0.3.0");
     assert_eq!(rig.run("0.3.0")["state"], "succeeded", "{}", rig.told());
@@ -37,5 +38,4 @@ fn a_downgrade_is_an_action_of_its_own_and_can_be_rolled_back() {
     let back = rig.cli(&["rollback", "--reason", "0.2 is worse"]);
     assert!(back.status.success(), "{}", said(&back));
     assert_eq!(get(rig.web, "/version", "").map(|(_, body)| body), Some("version=0.3.0;\n".to_owned()));
-    rig.watch.take().expect("a watch").flawless();
 }

@@ -119,6 +119,8 @@ fn a_moved_tag_is_refused_and_both_commits_are_named() {
     rig.repo.tag("v0.1.1", &first, "back").unwrap();
     refused(&accept(&rig, "0.1.1", &second), 3, &[&first, "look at what that is"]);
     rig.repo.tag("v0.1.1", &second, "and forth").unwrap();
+    // The look that has seen it elsewhere counts for two seconds.
+    std::thread::sleep(Duration::from_millis(2_500));
     let row = rig.run("0.1.1");
     assert_eq!(row["state"], "succeeded", "{row}");
     assert_eq!(row["running_sha"], second.as_str());

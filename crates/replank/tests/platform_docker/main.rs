@@ -392,7 +392,7 @@ async fn the_proxy_is_made_once_and_never_changed_by_the_way() {
         fault.chain()
     );
     let fault = app.platform.ensure_proxy(&app.image("0.1.0")).await.expect_err("other image");
-    assert!(fault.advice.contains("leave [listeners], [proxy] and home as they were"), "{}", fault.chain());
+    assert!(fault.advice.contains("replank proxy upgrade"), "{}", fault.chain());
     assert_eq!(app.docker(&["inspect", "-f", "{{.Id}}", &proxy]), id);
 
     // A home that is not root's: the proxy runs as its owner, as it has no power to reach into another's directory.
