@@ -5,6 +5,7 @@ use std::time::Duration;
 use replank_testbed::git::Fault;
 
 use crate::rig::{Options, Rig, refused, release};
+use replank_testbed::repo::Entry;
 
 /// Candidates are kept for 15 s.
 const FRESH: Duration = Duration::from_secs(16);
@@ -85,7 +86,7 @@ fn a_moved_tag_is_refused_and_both_commits_are_named() {
     assert!(String::from_utf8_lossy(&offered.stdout).contains("v0.1.1"), "{offered:?}");
 
     // Between the look and the fetch.
-    let second = rig.repo.commit(&release("0.1.1-moved"), "moved").unwrap();
+    let second = rig.repo.commit(&[Entry::file("NOTES", "another one\n")], "moved").unwrap();
     rig.repo.tag("v0.1.1", &second, "moved").unwrap();
     rig.fails("0.1.1", &[&first, &second]);
 

@@ -118,7 +118,11 @@ impl App {
             make_image(socket, version);
         }
         let platform = DockerPlatform::new(config.clone(), Vantage::Host, Arc::new(WallClock)).expect("platform");
+        // One image for all tests, made once: two that make it at once would each take the name from the other's.
+        let once = std::fs::File::create(socket.with_extension("proxy-image")).expect("a file to lock");
+        once.lock().expect("a lock");
         let proxy_image = platform.proxy_image(Path::new(env!("CARGO_BIN_EXE_replank"))).await.expect("proxy image");
+        drop(once);
         let app = Self { socket: socket.to_owned(), config, platform, proxy_image, _home: home };
         app.platform.ensure_proxy(&app.proxy_image).await.expect("proxy");
         // The first request must find its socket.
