@@ -10,8 +10,10 @@ use utoipa::{IntoParams, ToSchema};
 #[into_params(parameter_in = Query)]
 pub struct PlanRequest {
     /// `A.B.C`, with or without `v`.
+    #[param(pattern = r"^v?(0|[1-9][0-9]{0,18})(\.(0|[1-9][0-9]{0,18})){2}$")]
     pub target_version: Option<String>,
     /// A commit of the tracking branch, or the commit that the release has to be at.
+    #[param(pattern = "^[0-9a-f]{40}$")]
     pub target_sha: Option<String>,
     /// Build and push, and touch nothing that runs.
     #[serde(default)]
