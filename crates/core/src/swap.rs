@@ -63,11 +63,14 @@ pub fn fit_to_serve(seen: &Observation, want: &Deployment) -> Fit {
     compare(seen, want, want.plan.with_overlap(Overlap::Allowed), |plan| !plan.controller)
 }
 
-/// Whether what takes requests runs: a side whose controller is gone serves all the same.
+/// Whether what takes requests runs: a side whose controller is gone serves all the same, unless there is nothing else in it.
 pub fn takes_requests(seen: &Observation, want: &Deployment) -> bool {
     let controls = |name: &&ContainerName| want.plan.containers.get(*name).is_some_and(|plan| plan.controller);
-    let names = want.plan.with_overlap(Overlap::Allowed).filter(|name| !controls(name));
-    compare(seen, want, names, |_| true) == Fit::Up
+    let names: Vec<_> = want.plan.with_overlap(Overlap::Allowed).filter(|name| !controls(name)).collect();
+    match names.is_empty() {
+        true => fit_to_serve(seen, want) == Fit::Up,
+        false => compare(seen, want, names.into_iter(), |_| true) == Fit::Up,
+    }
 }
 
 fn compare<'a>(

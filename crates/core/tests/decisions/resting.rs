@@ -29,6 +29,25 @@ fn traffic_that_a_late_effect_moved_is_put_right_at_rest() {
     }
 }
 
+/// Found by the simulation: a controller that was killed for good before a reboot brought the rest of its side back.
+#[test]
+fn what_was_proved_serves_again_although_its_controller_is_gone() {
+    let mut proved = old();
+    // Beside the controller, which is all that the others have.
+    let web = ContainerPlan { component: app(), overlap: Overlap::Allowed, controller: false };
+    proved.plan.containers.insert(name("web"), web);
+    let mut record = record_in(State::FailedRollout, Mode::Single);
+    (record.running, record.serving, record.generation) = (Some(proved.clone()), Some(new()), 6);
+    let decide = |web_runs: bool| {
+        let mut scene = scene(record.clone()).with(&new(), &[("app", false), ("worker", false)], false);
+        scene = scene.with(&proved, &[("app", !web_runs), ("worker", false), ("web", web_runs)], false);
+        scene.traffic(&proved, 5).decide()
+    };
+    assert!(matches!(decide(true), Decision::Record(Event::ProvedServes { .. })), "{:?}", decide(true));
+    // Who answers nobody is no better than what is gone.
+    assert!(!matches!(decide(false), Decision::Record(Event::ProvedServes { .. })), "{:?}", decide(false));
+}
+
 /// Found by the simulation: a reboot inside a confirm window, and a flip back that was given up.
 #[test]
 fn what_was_proved_keeps_the_traffic_that_a_reboot_gave_it() {
