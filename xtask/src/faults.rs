@@ -14,7 +14,7 @@ pub(crate) struct Options {
     /// Only faults whose line contains this, such as "kill before" or "blue-green stop after record claimed".
     #[arg(long, value_name = "PATTERN", default_value = "")]
     only: String,
-    /// Only every so manieth fault.
+    /// Only every Nth fault.
     #[arg(long, default_value_t = 1)]
     every: usize,
     /// Only tell which faults there are, as undisturbed jobs show them.

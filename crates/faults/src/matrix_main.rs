@@ -19,7 +19,7 @@ struct Arguments {
     /// Only faults whose line ("blue-green kill before record claimed") contains this.
     #[arg(long, default_value = "")]
     only: String,
-    /// Every so manieth fault, from the first one.
+    /// Every Nth fault, from the first one.
     #[arg(long, default_value_t = 1)]
     every: usize,
     /// Only tell which there are.

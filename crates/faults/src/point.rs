@@ -40,7 +40,7 @@ pub struct Step(pub String);
 pub struct Point {
     pub step: Step,
     pub side: Side,
-    /// At the how manieth time that the job comes there, from 1.
+    /// At the Nth time that the job comes there, from 1.
     pub nth: usize,
     pub effect: Effect,
 }
