@@ -214,6 +214,11 @@ pub struct Job {
 }
 
 impl Job {
+    /// What a release says of its data is about upgrades to it, so that a downgrade has nothing to accept.
+    pub fn accepts_one_way(&self) -> bool {
+        self.accept_one_way || self.downgrade.is_some()
+    }
+
     pub fn key(&self, step: &str, attempt: u32) -> OpKey {
         OpKey::derive(&self.id, step, attempt, &self.nonce)
     }

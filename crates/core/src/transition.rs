@@ -62,9 +62,7 @@ pub fn next(record: &Record, event: &Event, now: Millis) -> Result<Phase, Refuse
             if from.in_flight() {
                 return Err(Refused::InFlight { from });
             }
-            if let Some(drift) = record.drift.as_ref().filter(|drift| !drift.accepted && !job.build_only) {
-                return Err(Refused::Drifted { what: drift.brief() });
-            }
+            undrifted(record, job.build_only)?;
             if job.downgrade.is_some_and(|down| !down.data_restored)
                 && let Some(why) = too_new_for(record, &job.target.version)
             {
@@ -383,6 +381,14 @@ fn active_swap(phase: &mut Phase) -> Option<&mut Swap> {
 fn lower(from: &mut Option<Version>, version: &Version) {
     if from.as_ref().is_some_and(|from| version.base() < from.base()) {
         *from = Some(version.clone());
+    }
+}
+
+/// Whether a job may start from what runs; one that only builds touches none of it.
+pub fn undrifted(record: &Record, build_only: bool) -> Result<(), Refused> {
+    match record.drift.as_ref().filter(|drift| !drift.accepted && !build_only) {
+        Some(drift) => Err(Refused::Drifted { what: drift.brief() }),
+        None => Ok(()),
     }
 }
 

@@ -133,9 +133,9 @@ fn proved_serves(view: &View<'_>, serving: &Deployment, seen: &Observation) -> O
     let running = view.record.running.as_ref().filter(|running| running.revision != serving.revision)?;
     let runs = |d: &Deployment| seen.revisions.get(&d.revision).is_some_and(RevisionSeen::runs);
     // A controller that was killed for good takes nothing from who answers; the one that drives goes on.
-    let is_there = runs(running) && takes_requests(seen, running);
-    let is_gone = is_there && !(runs(serving) && fit_to_serve(seen, serving) == Fit::Up);
-    is_gone.then(|| Event::ProvedServes {
+    let is_left = runs(running) && takes_requests(seen, running);
+    let serves = runs(serving) && fit_to_serve(seen, serving) == Fit::Up;
+    (is_left && !serves).then(|| Event::ProvedServes {
         why: format!("{} no longer runs, and {} is what was proved last", serving.version, running.version),
     })
 }

@@ -11,7 +11,7 @@ use replank_core::history::Line;
 use replank_core::image::ImageId;
 use replank_core::ports::{EscapeHatch, LedgerError, LogId};
 use replank_core::record::{Actor, Downgrade, Head, Job, Latest, Quarantined, Record, TargetKind};
-use replank_core::transition::{Refused, apply_as, readable_to};
+use replank_core::transition::{Refused, apply_as, readable_to, undrifted};
 use replank_core::words::{CommitSha, ComponentName, IdempotencyKey, JobId, Millis, Nonce, Version};
 use tokio::sync::watch;
 
@@ -163,9 +163,7 @@ impl LocalEngine {
             return Err(refusal(Refused::InFlight { from: record.phase.state() }));
         }
         // Before the remote is asked, as it may be away; the transition refuses it in any case.
-        if let Some(drift) = record.drift.as_ref().filter(|drift| !drift.accepted && !request.build_only) {
-            return Err(refusal(Refused::Drifted { what: drift.brief() }));
-        }
+        undrifted(&record, request.build_only).map_err(refusal)?;
         let remote = self.remote()?;
         if let (Wanted::Commit { sha }, Some(why)) = (&wanted, remote.refuses_commits()) {
             return Err(Refusal::Conflict(format!("commit {} cannot be started: {why}", sha.short())));
@@ -199,9 +197,7 @@ impl LocalEngine {
         let Some(looks) = &self.looks else { return Ok(()) };
         let (running, to) = (record.running.as_ref(), &job.target.version);
         let release = release::read(looks, self.setup.recipes.as_ref(), &job.target, running, START_WAITS).await;
-        // What an older release says of its data is about upgrades to it.
-        let knows = job.accept_one_way || job.downgrade.is_some();
-        match release::refused(&release.manifest, running, knows, to) {
+        match release::refused(&release.manifest, running, job.accepts_one_way(), to) {
             Some(told) => Err(Refusal::Conflict(told.sentence())),
             None => Ok(()),
         }
@@ -258,6 +254,15 @@ fn unavailable(error: &LedgerError) -> Refusal {
 fn checked_reason(reason: &str) -> Result<(), Refusal> {
     if reason.chars().count() > REASON_MAX {
         return Err(Refusal::Invalid(format!("the reason is longer than {REASON_MAX} characters; shorten it")));
+    }
+    Ok(())
+}
+
+/// For what nobody should be able to do without a word: `what` is that.
+fn needed_reason(reason: &str, what: &str) -> Result<(), Refusal> {
+    checked_reason(reason)?;
+    if reason.trim().is_empty() {
+        return Err(Refusal::Invalid(format!("{what} needs a reason")));
     }
     Ok(())
 }
@@ -345,9 +350,7 @@ impl Engine for LocalEngine {
     }
 
     async fn downgrade(&self, actor: &Actor, request: DowngradeRequest) -> Result<Record, Refusal> {
-        if request.reason.trim().is_empty() {
-            return Err(Refusal::Invalid("a downgrade needs a reason".to_owned()));
-        }
+        needed_reason(&request.reason, "a downgrade")?;
         let downgrade = Downgrade { data_restored: request.data_restored };
         let request = StartRequest {
             target_version: Some(request.target_version),
@@ -390,18 +393,12 @@ impl Engine for LocalEngine {
     }
 
     async fn reset(&self, actor: &Actor, reason: &str) -> Result<Record, Refusal> {
-        checked_reason(reason)?;
-        if reason.trim().is_empty() {
-            return Err(Refusal::Invalid("a reset needs a reason".to_owned()));
-        }
+        needed_reason(reason, "a reset")?;
         self.commit(|_| Ok(Ok(Event::Reset { actor: actor.clone(), reason: reason.to_owned() }))).await
     }
 
     async fn lift_quarantine(&self, actor: &Actor, which: &str, reason: &str) -> Result<Record, Refusal> {
-        checked_reason(reason)?;
-        if reason.trim().is_empty() {
-            return Err(Refusal::Invalid("lifting a quarantine needs a reason".to_owned()));
-        }
+        needed_reason(reason, "lifting a quarantine")?;
         let bad = |_| Refusal::Invalid(format!("{which:.80} is neither a version nor a commit of 40 hex digits"));
         let version = which.parse::<Version>().ok();
         let commit = match version {
@@ -429,10 +426,7 @@ impl Engine for LocalEngine {
     }
 
     async fn accept_moved_tag(&self, actor: &Actor, tag: MovedTag, reason: &str) -> Result<Record, Refusal> {
-        checked_reason(reason)?;
-        if reason.trim().is_empty() {
-            return Err(Refusal::Invalid("accepting a moved tag needs a reason".to_owned()));
-        }
+        needed_reason(reason, "accepting a moved tag")?;
         let MovedTag { version, commit } = tag;
         let remote = self.remote()?;
         let refs = remote.refs(Age::Now).await.map_err(|told| Refusal::Unavailable(told.sentence()))?;
@@ -471,10 +465,7 @@ impl Engine for LocalEngine {
     }
 
     async fn accept_drift(&self, actor: &Actor, what: &[String], reason: &str) -> Result<Record, Refusal> {
-        checked_reason(reason)?;
-        if reason.trim().is_empty() {
-            return Err(Refusal::Invalid("accepting a drift needs a reason".to_owned()));
-        }
+        needed_reason(reason, "accepting a drift")?;
         self.commit(|_| {
             let (actor, reason) = (actor.clone(), reason.to_owned());
             Ok(Ok(Event::DriftAccepted { actor, reason, what: what.to_vec() }))

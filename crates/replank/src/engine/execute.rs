@@ -101,7 +101,7 @@ impl Executor {
                 let fetched = self.setup.recipes.recipes(&tree, &job.target.version, record.running.as_ref()).await?;
                 // Looked at before the job where that could be had; what counts is what was fetched.
                 let closes = one_way(&fetched, record.running.as_ref(), &job.target.version);
-                if let Some(told) = closes.filter(|_| !job.accept_one_way && job.downgrade.is_none()) {
+                if let Some(told) = closes.filter(|_| !job.accepts_one_way()) {
                     return Err(Fault::new(told.class, told.what).advice(told.advice));
                 }
                 Ok(Outcome::Fetched(fetched))

@@ -126,10 +126,7 @@ pub struct Downgrade {
 
 impl Downgrade {
     pub fn checked(self) -> Result<DowngradeRequest, BadBody> {
-        check_reason(&self.reason)?;
-        if self.reason.trim().is_empty() {
-            return invalid("say why: a downgrade needs a `reason`");
-        }
+        needed_reason(&self.reason, "a downgrade")?;
         match self.target_version.parse::<Version>() {
             Ok(version) if version.commit.is_none() => {}
             Ok(_) => return invalid("`target_version` names a commit, and a downgrade leads to a release: A.B.C"),
@@ -168,10 +165,7 @@ pub struct Lift {
 
 impl Lift {
     pub fn checked(self) -> Result<(String, String), BadBody> {
-        check_reason(&self.reason)?;
-        if self.reason.trim().is_empty() {
-            return invalid("say why: lifting a quarantine needs a `reason`");
-        }
+        needed_reason(&self.reason, "lifting a quarantine")?;
         if self.lift.parse::<Version>().is_err() && CommitSha::new(self.lift.as_str()).is_err() {
             return invalid("`lift` is a version, or a commit's 40 hex digits");
         }
@@ -196,10 +190,7 @@ pub struct AcceptMovedTag {
 
 impl AcceptMovedTag {
     pub fn checked(self) -> Result<(MovedTag, String), BadBody> {
-        check_reason(&self.reason)?;
-        if self.reason.trim().is_empty() {
-            return invalid("say why: accepting a moved tag needs a `reason`");
-        }
+        needed_reason(&self.reason, "accepting a moved tag")?;
         let version = self.version.parse::<Version>().or_else(|error| invalid(error.to_string()))?;
         if version.commit.is_some() {
             return invalid("`version` names a commit, and a tag names a release: A.B.C");
@@ -223,10 +214,7 @@ pub struct AcceptDrift {
 
 impl AcceptDrift {
     pub fn checked(self) -> Result<(Vec<String>, String), BadBody> {
-        check_reason(&self.reason)?;
-        if self.reason.trim().is_empty() {
-            return invalid("say why: accepting a drift needs a `reason`");
-        }
+        needed_reason(&self.reason, "accepting a drift")?;
         if self.accept.is_empty() || self.accept.len() > DRIFT_MAX {
             return invalid("`accept` is the row's `drift`, word for word: 1 to 10 sentences");
         }
@@ -254,6 +242,15 @@ fn check_reason(reason: &str) -> Result<(), BadBody> {
     let length = reason.chars().count();
     if length > REASON_MAX {
         return invalid(format!("the reason has {length} characters and {REASON_MAX} are the most"));
+    }
+    Ok(())
+}
+
+/// For commands that nobody should be able to give without a word: `what` is that.
+fn needed_reason(reason: &str, what: &str) -> Result<(), BadBody> {
+    check_reason(reason)?;
+    if reason.trim().is_empty() {
+        return invalid(format!("say why: {what} needs a `reason`"));
     }
     Ok(())
 }

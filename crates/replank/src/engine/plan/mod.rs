@@ -283,7 +283,7 @@ fn told(check: &Check) -> String {
 
 fn of_manifest(release: &Release, record: &Record, job: &Job) -> Check {
     let (running, to) = (record.running.as_ref(), &job.target.version);
-    match (release::refused(&release.manifest, running, job.accept_one_way, to), &release.manifest) {
+    match (release::refused(&release.manifest, running, job.accepts_one_way(), to), &release.manifest) {
         (Some(told), _) => check("release", "refused", told.what, told.advice),
         (None, Word::Unknown(why)) => {
             let what = format!("what the release says of itself is not known yet: {why}");
