@@ -9,7 +9,7 @@ use replank::config::Settings;
 use replank::engine::Ports;
 use replank_core::data::DataStep;
 use replank_core::fault::{Class, Fault};
-use replank_core::history::Line;
+use replank_core::history::{Entry, Line};
 use replank_core::image::{ImageId, Images};
 use replank_core::phase::{Built, Fetched};
 use replank_core::ports::*;
@@ -68,9 +68,9 @@ fn of_ledger(class: Class) -> LedgerError {
 
 /// A recorded step's name: the event, and what it is about.
 fn recorded(line: &Line) -> Option<String> {
-    let fields: serde_json::Value = serde_json::from_slice(&line.bytes).ok()?;
-    let event = fields["event"].as_str()?;
-    let about = ["op", "component", "step"].iter().find_map(|name| fields[name].as_str());
+    let entry = Entry::read(line)?;
+    let event = Some(entry.event()).filter(|event| !event.is_empty())?;
+    let about = ["op", "component", "step"].into_iter().map(|name| entry.text(name)).find(|about| !about.is_empty());
     Some(about.map_or_else(|| format!("record {event}"), |about| format!("record {event} {about}")))
 }
 

@@ -1,5 +1,6 @@
 //! What can be started: the remote's releases, compared with what runs and with the commits seen first.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use replank_core::fault::{Fault, Told};
@@ -84,18 +85,10 @@ impl Remote {
     }
 
     /// The commit that counts for a tag: the one that was accepted, or else the one that was seen first. A tag that is new
-    /// here is pinned to `commit`.
-    pub(super) async fn pinned(
-        &self,
-        record: &Record,
-        raw_ref: &str,
-        commit: &CommitSha,
-    ) -> Result<CommitSha, LedgerError> {
-        if let Some(accepted) = record.moved_tags.get(raw_ref) {
-            return Ok(accepted.clone());
-        }
-        let first = self.ledger.first_seen(&[(raw_ref.to_owned(), commit.clone())], self.clock.now()).await?;
-        Ok(first.get(raw_ref).unwrap_or(commit).clone())
+    /// here is pinned to where it is.
+    pub(super) async fn pinned(&self, record: &Record, tag: &TagRef) -> Result<CommitSha, LedgerError> {
+        let first = self.ledger.first_seen(&[(tag.raw_ref.clone(), tag.commit.clone())], self.clock.now()).await?;
+        Ok(counts(&record.moved_tags, &first, tag).0.clone())
     }
 
     /// The remote's refs with moved tags refused, or why they cannot be had.
@@ -130,11 +123,8 @@ impl Remote {
             }
         };
         for tag in &mut refs.tags {
-            let (pinned, how) = match accepted.get(&tag.raw_ref) {
-                Some(pinned) => (Some(pinned), "accepted"),
-                None => (first.get(&tag.raw_ref), "seen first"),
-            };
-            if let Some(pinned) = pinned.filter(|pinned| **pinned != tag.commit) {
+            let (pinned, how) = counts(&accepted, &first, tag);
+            if *pinned != tag.commit {
                 tag.refused = Some(format!(
                     "the tag was moved: it was {how} at {pinned} and is now at {}; publish a new version instead, or accept \
                      exactly that commit (`replank accept-moved-tag`)",
@@ -144,6 +134,18 @@ impl Remote {
         }
         *looks = Looks { good: Some((now, refs.clone())), failed: None };
         Ok(refs)
+    }
+}
+
+/// Which commit counts for a tag, and why: the one that was accepted, or else the one that was seen first.
+fn counts<'a>(
+    accepted: &'a BTreeMap<String, CommitSha>,
+    first: &'a BTreeMap<String, CommitSha>,
+    tag: &'a TagRef,
+) -> (&'a CommitSha, &'static str) {
+    match accepted.get(&tag.raw_ref) {
+        Some(pinned) => (pinned, "accepted"),
+        None => (first.get(&tag.raw_ref).unwrap_or(&tag.commit), "seen first"),
     }
 }
 

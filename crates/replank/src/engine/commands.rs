@@ -445,7 +445,7 @@ impl Engine for LocalEngine {
             )));
         }
         let record = self.record().await?;
-        let from = remote.pinned(&record, &found.raw_ref, &commit).await.map_err(|e| unavailable(&e))?;
+        let from = remote.pinned(&record, found).await.map_err(|e| unavailable(&e))?;
         if from == commit {
             return Err(Refusal::Conflict(format!(
                 "{} is where it always was: there is nothing to accept",
