@@ -77,7 +77,11 @@ fn recorded(line: &Line) -> Option<String> {
 #[async_trait]
 impl Ledger for Door<dyn Ledger> {
     async fn load(&self) -> Result<Option<(Record, Etag)>, LedgerError> {
-        self.inner.load().await
+        let loaded = self.inner.load().await?;
+        if let Some((record, _)) = &loaded {
+            self.gate.saw(record);
+        }
+        Ok(loaded)
     }
 
     async fn version(&self) -> Result<Option<Etag>, LedgerError> {
@@ -90,6 +94,7 @@ impl Ledger for Door<dyn Ledger> {
         };
         self.gate.pass(&step, Side::Before).await.map_err(of_ledger)?;
         let etag = self.inner.commit(expected, record, lines).await?;
+        self.gate.saw(record);
         self.gate.pass(&step, Side::After).await.map_err(of_ledger)?;
         Ok(etag)
     }

@@ -6,9 +6,12 @@
 use std::fs;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use replank_core::fault::Class;
+use replank_core::phase::State;
+use replank_core::record::Record;
 use serde::{Deserialize, Serialize};
 
 use crate::point::{Effect, Point, Side, Step};
@@ -34,6 +37,8 @@ pub struct At {
     /// The revision whose controller it is.
     pub controller: String,
     pub point: Point,
+    /// The state of the row as that controller saw it last.
+    pub phase: State,
 }
 
 /// One controller's way past the fault points.
@@ -41,11 +46,22 @@ pub struct At {
 pub struct Gate {
     directory: PathBuf,
     controller: String,
+    phase: Arc<Mutex<State>>,
 }
 
 impl Gate {
     pub fn new(home: &Path, controller: &str) -> Self {
-        Self { directory: home.join(DIRECTORY), controller: controller.to_owned() }
+        Self {
+            directory: home.join(DIRECTORY),
+            controller: controller.to_owned(),
+            phase: Arc::new(Mutex::new(State::Idle)),
+        }
+    }
+
+    /// What the controller knows of the record now.
+    pub fn saw(&self, record: &Record) {
+        let state = record.phase.state();
+        *self.phase.lock().unwrap_or_else(PoisonError::into_inner) = state;
     }
 
     /// Comes past one side of a step. An error is the fault that strikes there.
@@ -67,7 +83,8 @@ impl Gate {
             return Ok(());
         }
         let effect = point.effect;
-        let at = At { controller: self.controller.clone(), point };
+        let phase = *self.phase.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = At { controller: self.controller.clone(), point, phase };
         let next = self.directory.join("at.next");
         let told = serde_json::to_vec(&at).map_err(std::io::Error::from).and_then(|text| fs::write(&next, text));
         // Nothing can be tested where this fails, and the other side says so when its patience is over.

@@ -5,13 +5,14 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use replank_core::phase::State;
 use replank_testbed::Engine;
 use serde_json::Value;
 
 use crate::gate::{self, At};
 use crate::judge::{self, Kept};
 use crate::point::{EVENTS, Effect, Played, Point, Side, Step};
-use crate::rig::{Controllers, JOB_LIMIT, RESTING, Rig};
+use crate::rig::{Controllers, JOB_LIMIT, Kind, RESTING, Rig};
 
 /// Promise 1: from the death of a controller, or the return of one that stood still alone.
 pub const RESUME_LIMIT_SECONDS: f64 = 30.0;
@@ -32,12 +33,14 @@ pub enum Scenario {
     Rollback,
     /// An upgrade to a release that degrades inside its confirm window.
     Degrading,
+    /// An upgrade with a data step and the backup before it.
+    Data,
     /// An upgrade in single mode.
     Single,
 }
 
 impl Scenario {
-    pub const ALL: [Self; 4] = [Self::BlueGreen, Self::Rollback, Self::Degrading, Self::Single];
+    pub const ALL: [Self; 5] = [Self::BlueGreen, Self::Rollback, Self::Degrading, Self::Data, Self::Single];
 
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -45,13 +48,14 @@ impl Scenario {
             Self::BlueGreen => "blue-green",
             Self::Rollback => "rollback",
             Self::Degrading => "degrading",
+            Self::Data => "data",
             Self::Single => "single",
         }
     }
 
     fn mode(self) -> &'static str {
         match self {
-            Self::BlueGreen | Self::Rollback | Self::Degrading => "blue-green",
+            Self::BlueGreen | Self::Rollback | Self::Degrading | Self::Data => "blue-green",
             Self::Single => "single",
         }
     }
@@ -59,7 +63,7 @@ impl Scenario {
     /// How it ends undisturbed.
     fn ends(self) -> &'static str {
         match self {
-            Self::BlueGreen | Self::Single => "succeeded",
+            Self::BlueGreen | Self::Data | Self::Single => "succeeded",
             Self::Rollback | Self::Degrading => "rolled_back",
         }
     }
@@ -69,9 +73,10 @@ impl Scenario {
         match (self, played) {
             (Self::BlueGreen, Played::Upgrade)
             | (Self::Rollback, Played::Rollback)
-            | (Self::Degrading, Played::Degrading) => true,
+            | (Self::Degrading, Played::Degrading)
+            | (Self::Data, Played::Data) => true,
             (
-                Self::BlueGreen | Self::Rollback | Self::Degrading | Self::Single,
+                Self::BlueGreen | Self::Rollback | Self::Degrading | Self::Data | Self::Single,
                 Played::Upgrade | Played::Rollback | Played::Degrading | Played::Data | Played::Fault | Played::Alone,
             ) => false,
         }
@@ -82,14 +87,31 @@ impl Scenario {
         match self {
             Self::BlueGreen | Self::Rollback => None,
             Self::Degrading => Some("record flip_intended"),
+            Self::Data => Some("record data_step_intended backup"),
             Self::Single => Some("record escape_hatch"),
+        }
+    }
+
+    /// The last one of that kind: what follows it is struck in another scenario.
+    fn is_alike_again(self) -> Option<&'static str> {
+        match self {
+            Self::BlueGreen | Self::Rollback | Self::Degrading | Self::Single => None,
+            Self::Data => Some("record data_step_done migrate-worker"),
+        }
+    }
+
+    fn release(self) -> Kind {
+        match self {
+            Self::BlueGreen | Self::Rollback | Self::Single => Kind::Good,
+            Self::Degrading => Kind::Degrading,
+            Self::Data => Kind::Migrating,
         }
     }
 
     /// No request may fail: in single mode the plan shows a gap, and only an unconfirmed release may answer badly.
     fn is_without_a_gap(self) -> bool {
         match self {
-            Self::BlueGreen | Self::Rollback | Self::Degrading => true,
+            Self::BlueGreen | Self::Rollback | Self::Degrading | Self::Data => true,
             Self::Single => false,
         }
     }
@@ -126,6 +148,8 @@ pub struct Outcome {
     pub violations: Vec<String>,
     /// From the fault to the next recorded event; absent where everything was recorded already.
     pub resumed_s: Option<f64>,
+    /// The state of the row at the fault, as whoever was struck saw it.
+    pub phase: Option<State>,
     pub took: Duration,
 }
 
@@ -140,7 +164,7 @@ impl Stage {
     /// # Errors
     /// As [`Rig::start`].
     pub fn start(engine: Engine, program: PathBuf, scenario: Scenario) -> Result<Self> {
-        Ok(Self { scenario, rig: Rig::start(engine, Controllers::with_faults(program), scenario.mode())? })
+        Ok(Self { scenario, rig: Rig::with_data(engine, Controllers::with_faults(program), scenario.mode())? })
     }
 
     /// An installation serves every scenario of its mode.
@@ -176,8 +200,12 @@ impl Stage {
             let step = Step(step.to_owned());
             seen.extend(step.event().map(str::to_owned));
             let is_new = !steps.iter().any(|(s, known, _)| *s == side && known.kind() == step.kind());
+            let is_last = side == Side::After && self.scenario.is_alike_again() == Some(step.0.as_str());
             if differs && is_new && step.is_of_a_job() {
                 steps.push((side, step, nth));
+            }
+            if is_last {
+                break;
             }
         }
         for (event, _) in EVENTS.iter().filter(|(_, played)| self.scenario.shows(*played)) {
@@ -215,7 +243,7 @@ impl Stage {
     /// What has to be so before the job: the release to start, or for a rollback the one that was upgraded to.
     async fn prepare(&mut self) -> Result<String> {
         self.put_right().await?;
-        let tag = self.rig.release(self.scenario != Scenario::Degrading)?;
+        let tag = self.rig.release(self.scenario.release())?;
         if self.scenario == Scenario::Rollback {
             self.rig.upgrade(&tag).await?;
             self.rig.installed.until_state(JOB_LIMIT, &mut vec![], &["succeeded"]).await?;
@@ -240,6 +268,7 @@ impl Stage {
     async fn play(&mut self, tag: &str, point: Option<&Point>) -> Result<Outcome> {
         let begun = Instant::now();
         let since = judge::kept(&self.rig.installed.options.home).await?.history.len();
+        let (_, copied_before) = self.rig.data_steps(tag)?;
         let load = self.rig.load()?;
         let start = async {
             if self.scenario == Scenario::Rollback {
@@ -257,12 +286,12 @@ impl Stage {
         let (started, struck) = tokio::join!(start, struck);
         started?;
         let mut violations = Vec::new();
-        let from = match struck? {
-            Struck::At(from) => Some(from),
-            Struck::Nothing => None,
+        let (from, phase) = match struck? {
+            Struck::At(from, phase) => (Some(from), Some(phase)),
+            Struck::Nothing => (None, None),
             Struck::Missed => {
                 violations.push("the fault did not strike: the job never came there".to_owned());
-                None
+                (None, None)
             }
         };
         let row = match self.rig.installed.until_state(JOB_LIMIT, &mut vec![], &RESTING).await {
@@ -278,6 +307,16 @@ impl Stage {
         let wanted = point.map_or_else(|| vec![self.scenario.ends()], |point| may_end(self.scenario, point));
         if !wanted.contains(&state) {
             violations.push(format!("it ended as {state} and not as {}: {}", wanted.join(" or "), row["phase_detail"]));
+        }
+        let (migrated, copied) = self.rig.data_steps(tag)?;
+        let (least, most) = match (self.scenario, state) {
+            (Scenario::Data, "succeeded") => (1, 1),
+            (Scenario::Data, _) => (0, 1),
+            (Scenario::BlueGreen | Scenario::Rollback | Scenario::Degrading | Scenario::Single, _) => (0, 0),
+        };
+        let copies = copied - copied_before;
+        if migrated < least || migrated > most || copies < migrated || copies > most {
+            violations.push(format!("its data step ran {migrated} times, and {copies} copies were made before it"));
         }
         let totals = load.stop().await;
         if self.scenario.is_without_a_gap() && totals.failed > 0 {
@@ -299,7 +338,7 @@ impl Stage {
         if !violations.is_empty() {
             eprintln!("{}", last_events(&kept, since));
         }
-        Ok(Outcome { violations, resumed_s, took: begun.elapsed() })
+        Ok(Outcome { violations, resumed_s, phase, took: begun.elapsed() })
     }
 
     /// Waits for the fault and does what only the outside can. Answers when the time without a controller began.
@@ -327,7 +366,7 @@ impl Stage {
         match point.effect {
             Effect::Kill => {
                 self.rig.signal(&at.controller, "KILL")?;
-                Ok(Struck::At(judge::now().0))
+                Ok(Struck::At(judge::now().0, at.phase))
             }
             Effect::Stop => {
                 self.rig.signal(&at.controller, "STOP")?;
@@ -342,10 +381,10 @@ impl Stage {
                 let resumed = judge::now().0;
                 // Whoever made room meanwhile was stopped by the engine, and does not return.
                 self.rig.signal(&at.controller, "CONT").ok();
-                Ok(Struck::At(if others { stopped } else { resumed }))
+                Ok(Struck::At(if others { stopped } else { resumed }, at.phase))
             }
             Effect::Transient | Effect::Permanent | Effect::Conflict | Effect::Indeterminate => {
-                Ok(Struck::At(judge::now().0))
+                Ok(Struck::At(judge::now().0, at.phase))
             }
         }
     }
@@ -365,8 +404,8 @@ impl Stage {
 enum Struck {
     Nothing,
     Missed,
-    /// Milliseconds since 1970.
-    At(i64),
+    /// Milliseconds since 1970, and the state of the row.
+    At(i64, State),
 }
 
 fn last_events(kept: &Kept, since: usize) -> String {

@@ -1,7 +1,9 @@
 //! Runs the matrix, or part of it, against the engine that the environment names: `cargo xtask faults` starts both.
 
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::str::FromStr;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result};
@@ -22,12 +24,43 @@ struct Arguments {
     /// Every Nth fault, from the first one.
     #[arg(long, default_value_t = 1)]
     every: usize,
+    /// One part of several, each on an engine of its own: "2/3".
+    #[arg(long, default_value = "1/1")]
+    part: Part,
     /// Only tell which there are.
     #[arg(long)]
     list: bool,
     /// The result as one JSON line.
     #[arg(long)]
     json: bool,
+}
+
+/// Which share of the faults this process strikes.
+#[derive(Debug, Clone, Copy)]
+struct Part {
+    this: u64,
+    of: u64,
+}
+
+impl FromStr for Part {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parts = text.split_once('/').and_then(|(this, of)| Some((this.parse().ok()?, of.parse().ok()?)));
+        match parts {
+            Some((this, of)) if this >= 1 && this <= of => Ok(Self { this, of }),
+            Some(_) | None => Err("a part is named like 1/3, 2/3 or 3/3".to_owned()),
+        }
+    }
+}
+
+impl Part {
+    /// By what the fault is, not by where it stands: other processes see builds side by side in another order.
+    fn has(self, point: &Point) -> bool {
+        let mut hasher = DefaultHasher::new();
+        (point.step.kind(), point.side, point.effect).hash(&mut hasher);
+        hasher.finish() % self.of == self.this - 1
+    }
 }
 
 fn main() -> ExitCode {
@@ -65,9 +98,11 @@ async fn run(arguments: &Arguments) -> Result<usize> {
         let Some(current) = stage.as_mut() else { continue };
         let points = current.points().await.with_context(|| format!("{} undisturbed", scenario.name()))?;
         let line = |point: &Point| format!("{} {point}", scenario.name());
-        let chosen: Vec<&Point> = points.iter().filter(|point| line(point).contains(&arguments.only)).collect();
-        eprintln!("{}: {} faults, of which {} are asked for", scenario.name(), points.len(), chosen.len());
-        for (number, point) in chosen.iter().enumerate().step_by(arguments.every.max(1)) {
+        let asked = points.iter().filter(|point| line(point).contains(&arguments.only));
+        let asked: Vec<&Point> = asked.step_by(arguments.every.max(1)).collect();
+        let chosen: Vec<&Point> = asked.iter().copied().filter(|point| arguments.part.has(point)).collect();
+        eprintln!("{}: {} faults, {} of them here", scenario.name(), points.len(), chosen.len());
+        for (number, point) in chosen.iter().enumerate() {
             if arguments.list {
                 println!("{}", line(point));
                 continue;

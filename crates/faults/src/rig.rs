@@ -21,6 +21,10 @@ pub const RUNTIME: &str = "replank-runtime-with-faults";
 const CONFIRM_WINDOW_SECONDS: u64 = 6;
 /// Pages that a degrading release gives out before its probe fails; only who has the traffic gives out any.
 const PAGES_GOOD: u32 = 60;
+/// One line for each that was made; below the directory of the data.
+const BACKUPS: &str = "backups";
+/// The version of each release whose data step ran.
+const MIGRATIONS: &str = "migrations";
 /// A whole upgrade with a fault in it, on a busy machine.
 pub const JOB_LIMIT: Duration = Duration::from_secs(180);
 /// The first releases of the sample are the testbed's own; these follow.
@@ -43,8 +47,20 @@ pub struct Rig {
     minor: u32,
     /// What the controllers of the next releases are made from, and the record format that it reads.
     controllers: Controllers,
+    /// Where data steps write; none where no release has any.
+    data: Option<PathBuf>,
     _git: GitServer,
     _scratch: Scratch,
+}
+
+/// What a release is like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Good,
+    /// It degrades while it is used.
+    Degrading,
+    /// It has a data step, and so a backup is made before it.
+    Migrating,
 }
 
 /// A base image for controllers.
@@ -67,11 +83,42 @@ impl Controllers {
 }
 
 impl Rig {
+    /// Installs a first release, with these controllers and by their program, and a backup for releases that change the data.
+    ///
+    /// # Errors
+    /// When a part does not start, or the deployment fails.
+    pub fn with_data(engine: Engine, controllers: Controllers, mode: &'static str) -> Result<Self> {
+        let mut rig = Self::prepare(engine, controllers, mode)?;
+        let home = &rig.installed.options.home;
+        let data = home.join("data");
+        std::fs::create_dir_all(&data)?;
+        let more = format!(
+            "[backup]\ncontainer = \"worker\"\ncommand = [\"sh\", \"-c\", \"echo copied >> /data/{BACKUPS}\"]\n\n\
+             [[containers.worker.mounts]]\nsource = \"{}\"\ntarget = \"/data\"\n",
+            data.display()
+        );
+        let file = home.join("replank.toml");
+        let configuration = std::fs::read_to_string(&file)? + &more;
+        std::fs::write(file, configuration)?;
+        rig.data = Some(data);
+        rig.installing()
+    }
+
     /// Installs a first release, with these controllers and by their program.
     ///
     /// # Errors
     /// When a part does not start, or the deployment fails.
     pub fn start(engine: Engine, controllers: Controllers, mode: &'static str) -> Result<Self> {
+        Self::prepare(engine, controllers, mode)?.installing()
+    }
+
+    fn installing(mut self) -> Result<Self> {
+        let first = self.release(Kind::Good)?;
+        self.installed.deploy(&first)?;
+        Ok(self)
+    }
+
+    fn prepare(engine: Engine, controllers: Controllers, mode: &'static str) -> Result<Self> {
         cleanup::on_signals()?;
         let gateway = engine.gateway().context("the engine is not on this machine")?;
         let program = controllers.program.clone();
@@ -90,10 +137,16 @@ impl Rig {
             policy: vec![],
         })?;
         std::fs::create_dir_all(installed.options.home.join(gate::DIRECTORY))?;
-        let mut rig = Self { installed, engine, sample, minor: FIRST_MINOR, controllers, _git: git, _scratch: scratch };
-        let first = rig.release(true)?;
-        rig.installed.deploy(&first)?;
-        Ok(rig)
+        Ok(Self {
+            installed,
+            engine,
+            sample,
+            minor: FIRST_MINOR,
+            controllers,
+            data: None,
+            _git: git,
+            _scratch: scratch,
+        })
     }
 
     /// Releases from now on have these controllers.
@@ -106,27 +159,38 @@ impl Rig {
         Ok(())
     }
 
-    /// Publishes the next release, and answers its tag. One that is not good degrades while it is used.
+    /// Publishes the next release, and answers its tag.
     ///
     /// # Errors
     /// When git fails.
-    pub fn release(&mut self, good: bool) -> Result<String> {
+    pub fn release(&mut self, kind: Kind) -> Result<String> {
         let version = format!("0.{}.0", self.minor);
         self.minor += 1;
-        let health = if good {
-            "#define HEALTH_STATUS 200\n".to_owned()
-        } else {
-            format!("#define HEALTH_STATUS (pages > {PAGES_GOOD} ? 503 : 200)\n")
+        let health = match kind {
+            Kind::Good | Kind::Migrating => "#define HEALTH_STATUS 200\n".to_owned(),
+            Kind::Degrading => format!("#define HEALTH_STATUS (pages > {PAGES_GOOD} ? 503 : 200)\n"),
         };
+        // Without a word about its data, a release gets a backup for safety's sake.
+        let migrate = match kind {
+            Kind::Good | Kind::Degrading => String::new(),
+            Kind::Migrating => {
+                format!("\n[migrate]\nworker = [\"sh\", \"-c\", \"echo {version} >> /data/{MIGRATIONS}\"]\n")
+            }
+        };
+        let manifest = format!("schema = \"compatible\"\n{migrate}");
         let controller = format!(
             "FROM {}\nARG APP_VERSION\nENV APP_VERSION=$APP_VERSION\nLABEL io.replank.reads-format={}\n",
             self.controllers.runtime, self.controllers.reads
         );
-        let files = [
+        let mut files = vec![
             Entry::file("api/health.h", health),
             Entry::file("controller/Dockerfile", controller),
             Entry::file("NOTES", format!("{version}\n")),
         ];
+        // The first builds knew no such manifest.
+        if self.data.is_some() {
+            files.push(Entry::file(".replank.toml", manifest));
+        }
         Ok(self.sample.release(&version, &files, "Another release")?.tag.clone())
     }
 
@@ -134,6 +198,20 @@ impl Rig {
     #[must_use]
     pub fn gate(&self, file: &str) -> PathBuf {
         self.installed.options.home.join(gate::DIRECTORY).join(file)
+    }
+
+    /// How often the data step of a release ran, and how many backups were made in all.
+    ///
+    /// # Errors
+    /// When a file that is there cannot be read.
+    pub fn data_steps(&self, tag: &str) -> Result<(usize, usize)> {
+        let Some(data) = &self.data else { return Ok((0, 0)) };
+        let text = |file: &str| {
+            let path = data.join(file);
+            if path.exists() { std::fs::read_to_string(path) } else { Ok(String::new()) }
+        };
+        let migrated = text(MIGRATIONS)?.lines().filter(|line| tag.strip_prefix('v') == Some(*line)).count();
+        Ok((migrated, text(BACKUPS)?.lines().count()))
     }
 
     pub fn load(&self) -> Result<Load> {

@@ -6,7 +6,7 @@
 use std::path::PathBuf;
 
 use replank_faults::judge;
-use replank_faults::rig::{Controllers, JOB_LIMIT, Rig};
+use replank_faults::rig::{Controllers, JOB_LIMIT, Kind, Rig};
 use replank_testbed::Engine;
 use replank_testbed::process;
 use serde_json::Value;
@@ -30,7 +30,7 @@ fn current() -> Controllers {
 
 async fn upgrade(rig: &mut Rig, to: &Controllers, ends: &str) -> Value {
     rig.turn_to(to.clone()).unwrap();
-    let tag = rig.release(true).unwrap();
+    let tag = rig.release(Kind::Good).unwrap();
     rig.upgrade(&tag).await.unwrap();
     rest(rig, ends).await
 }

@@ -48,6 +48,11 @@ pub fn all() {
 /// # Errors
 /// When the handlers cannot be installed.
 pub fn on_signals() -> Result<()> {
+    // A second thread would find nothing to do, and end the process before the first one is done.
+    static LISTENING: AtomicBool = AtomicBool::new(false);
+    if LISTENING.swap(true, Ordering::SeqCst) {
+        return Ok(());
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let (mut int, mut term, mut hup) = {
         let _inside = runtime.enter();
