@@ -240,6 +240,22 @@ fn a_rollback_without_a_snapshot_is_refused_by_name() {
 }
 
 #[test]
+fn a_rollback_to_a_controller_that_could_not_read_the_record_is_refused_in_every_state() {
+    let event = Event::RollbackStarted { actor: actor(), reason: String::new(), data_restored: true };
+    let mut refused = 0;
+    for (state, mode) in State::ALL.into_iter().flat_map(|state| [(state, Mode::Single), (state, Mode::BlueGreen)]) {
+        let record = record_in(state, mode);
+        let Ok(Phase::RollingBack(_)) = next(&record, &event, Millis(0)) else { continue };
+        let mut behind = record;
+        behind.min_reader += 1;
+        let answer = next(&behind, &event, Millis(0));
+        assert!(matches!(answer, Err(Refused::Unreadable { reads: 1, needs: 2, .. })), "{}: {answer:?}", state.name());
+        refused += 1;
+    }
+    assert!(refused > 0, "no state leads to a rollback");
+}
+
+#[test]
 fn success_needs_the_swap_to_be_observed() {
     for op in [Op::StartNew, Op::CutOver, Op::Settle] {
         let mut record = record_in(RollingOut, Mode::Single);

@@ -349,6 +349,32 @@ fn confirming() -> Record {
     record
 }
 
+/// Below the first format there is none: it stands for a controller that is behind the record.
+const BEHIND: u32 = 0;
+
+#[tokio::test]
+async fn a_rollback_to_a_controller_that_could_not_read_the_record_is_refused_in_preflight() {
+    for has_controller in [true, false] {
+        let mut record = confirming();
+        record.phase = Phase::Succeeded { built_only: None };
+        let back = &mut record.snapshot.as_mut().unwrap().deployment;
+        back.reads_format = Some(BEHIND);
+        back.plan.containers.values_mut().for_each(|container| container.controller = has_controller);
+        let world = World::new(record, Has, None).await;
+        let preflight = world.engine.preflight().await.unwrap();
+        assert_eq!(preflight.available, !has_controller, "only a controller reads records: {}", preflight.reason);
+        let events = world.events().await.len();
+        let answer = world.engine.rollback(&alice(), "it is slow", false).await;
+        if has_controller {
+            assert!(preflight.reason.contains("0.1.0 reads record format 0"), "{}", preflight.reason);
+            assert!(matches!(&answer, Err(Refusal::Conflict(why)) if *why == preflight.reason), "{answer:?}");
+            assert_eq!(world.events().await.len(), events, "nothing was begun");
+        } else {
+            assert_eq!(answer.unwrap().phase.state(), State::RollingBack);
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_commit_is_refused_with_the_reason_where_tags_must_be_signed() {
     let world = World::of_remote().await;

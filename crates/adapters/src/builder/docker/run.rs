@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use bollard::models::{BuildInfoAux, ErrorDetail};
 use replank_core::fault::{Class, Fault};
@@ -18,6 +19,8 @@ use super::{DockerBuilder, Names, context, labels_of};
 
 /// Less than this is a full disk: BuildKit cannot even write its own records.
 const DISK_FULL: u64 = 64 << 20;
+/// A build fails at once where its session is gone, and both are told on connections of their own.
+const SESSION_END_SEEN: Duration = Duration::from_millis(500);
 /// Base images whose digests are looked up.
 const BASES_MAX: usize = 32;
 /// A period of the CPU quota, microseconds; the kernel's default.
@@ -76,7 +79,7 @@ impl DockerBuilder {
             credentials: self.registry.credentials().clone(),
             refused: refused.clone(),
         };
-        let session = open(&wire, &id, &shared_key(spec), served).await?;
+        let mut session = open(&wire, &id, &shared_key(spec), served).await?;
         let mut query = query;
         query.push(("session", id.clone()));
         query.push(("buildid", id.clone()));
@@ -99,8 +102,14 @@ impl DockerBuilder {
         }
         running.over = true;
         tracker.finish();
+        // The engine keeps it while it builds, unless this process stood still for long.
+        let is_lost = error.is_some() && session.is_lost(SESSION_END_SEEN).await;
         drop(session);
         if let Some(error) = error {
+            if is_lost {
+                let what = format!("the Docker engine dropped the session of the build of {}", spec.component);
+                return Err(Fault::transient(what).because(hide.text(&error)));
+            }
             let refused = refused.lock().unwrap_or_else(PoisonError::into_inner).clone();
             return Err(self.failure(spec, tracker.failed(), &hide.text(&error), &refused).await);
         }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bollard::health::health_check_response::ServingStatus;
@@ -52,6 +53,13 @@ pub(super) struct Session {
 impl Drop for Session {
     fn drop(&mut self) {
         self.task.abort();
+    }
+}
+
+impl Session {
+    /// Whether the engine has ended it: told at most `within` later, as this side may not have read that yet.
+    pub(super) async fn is_lost(&mut self, within: Duration) -> bool {
+        self.task.is_finished() || tokio::time::timeout(within, &mut self.task).await.is_ok()
     }
 }
 

@@ -442,6 +442,49 @@ async fn an_engine_that_is_not_there_may_come_back() {
     assert_eq!(fault.class, Class::Transient, "{}", fault.chain());
 }
 
+/// Stands between a builder and the engine, and cuts every build session off as soon as the engine has opened it: what the
+/// engine does to a builder that stood still for long.
+async fn cuts_sessions_off(listener: tokio::net::UnixListener) {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let socket = engine().socket().to_owned();
+    loop {
+        let (mut client, _) = listener.accept().await.expect("a builder");
+        let mut engine = tokio::net::UnixStream::connect(&socket).await.expect("engine");
+        tokio::spawn(async move {
+            let mut begin = vec![0; 4096];
+            let read = client.read(&mut begin).await.expect("a request");
+            engine.write_all(&begin[..read]).await.expect("passed on");
+            if String::from_utf8_lossy(&begin[..read]).contains("/session HTTP/") {
+                let read = engine.read(&mut begin).await.expect("an answer");
+                client.write_all(&begin[..read]).await.expect("passed back");
+            } else {
+                // Either side ends it as it likes.
+                tokio::io::copy_bidirectional(&mut client, &mut engine).await.ok();
+            }
+        });
+    }
+}
+
+#[tokio::test]
+async fn a_build_whose_session_the_engine_dropped_is_tried_again_and_one_that_fails_by_itself_is_not() {
+    let dir = tempfile::tempdir().expect("directory");
+    let socket = dir.path().join("docker.sock");
+    let relay = tokio::spawn(cuts_sessions_off(tokio::net::UnixListener::bind(&socket).expect("socket")));
+    let case = Case::with_shell("COPY . /app");
+    let cut = DockerBuilder::new(Engine::connect(&socket).expect("engine"), DockerBuilderConfig::default());
+    let fault = cut.expect("builder").build(&case.spec, &NoLog).await.expect_err("no session");
+    assert_eq!(fault.class, Class::Transient, "{}", fault.chain());
+    relay.abort();
+    let (built, log) = build(&case, DockerBuilderConfig::default()).await;
+    built.unwrap_or_else(|fault| panic!("{}\n{}", fault.chain(), log.text()));
+    case.clean().await;
+
+    let case = Case::with_shell("COPY . /app\nRUN exit 3");
+    let (failed, log) = build(&case, DockerBuilderConfig::default()).await;
+    let fault = failed.expect_err("a failing command");
+    assert_eq!(fault.class, Class::Permanent, "{}\n{}", fault.chain(), log.text());
+}
+
 /// Prints medians; the ratio belongs into a report, since a loaded machine makes any bound a lie.
 #[tokio::test]
 #[ignore = "a measurement: run it alone"]
