@@ -18,6 +18,9 @@ pub(crate) struct Options {
     /// Put up with a clone that does not have the first landed state, and test the rest.
     #[arg(long)]
     without_first: bool,
+    /// Keep the ledger that the first landed state has written, before anything newer writes to it, in this new file.
+    #[arg(long, value_name = "FILE")]
+    keep_ledger: Option<PathBuf>,
 }
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
@@ -27,6 +30,9 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let world = World::start(build.replank(Profile::Dev)?, sample::SampleOptions::small().units)?;
     let mut tests = tied(&build.cargo(&["test", "--package", "replank-faults", "--test", "versions"]));
     tests.args(["--", "--test-threads", "1", "--nocapture"]).envs(world.environment()).envs(programs);
+    if let Some(file) = &options.keep_ledger {
+        tests.env("REPLANK_KEEP_LEDGER", std::path::absolute(file)?);
+    }
     let status = tests.status().context("cannot start the tests")?;
     drop(world);
     Ok(status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from))

@@ -16,6 +16,9 @@ const FIRST: &str = "REPLANK_FIRST_BIN";
 /// This state's, with the record format raised.
 const RAISED: &str = "REPLANK_RAISED_BIN";
 
+/// Where to put the ledger that the first landed state has written, for the test that every run makes of it.
+const KEEP: &str = "REPLANK_KEEP_LEDGER";
+
 fn named(variable: &str) -> Option<PathBuf> {
     let found = std::env::var_os(variable).map(PathBuf::from);
     if found.is_none() {
@@ -61,6 +64,11 @@ async fn pipeline_the_first_landed_state_and_this_one_hand_one_ledger_to_each_ot
     let first = Controllers { runtime: "replank-runtime-first", program, reads: 1 };
     let mut rig = Rig::start(Engine::from_env().unwrap(), first.clone(), "blue-green").unwrap();
     let home = rig.installed.options.home.clone();
+    if let Some(file) = std::env::var_os(KEEP) {
+        upgrade(&mut rig, &first, "succeeded").await;
+        let database = rusqlite::Connection::open(home.join("ledger").join("replank.db")).unwrap();
+        database.execute("VACUUM INTO ?1", [file.to_str().unwrap()]).unwrap();
+    }
 
     // Old wrote, new goes on with the job and drives from then on.
     upgrade(&mut rig, &current(), "succeeded").await;

@@ -359,7 +359,12 @@ async fn a_rollback_to_a_controller_that_could_not_read_the_record_is_refused_in
         record.phase = Phase::Succeeded { built_only: None };
         let back = &mut record.snapshot.as_mut().unwrap().deployment;
         back.reads_format = Some(BEHIND);
-        back.plan.containers.values_mut().for_each(|container| container.controller = has_controller);
+        let container = ContainerPlan {
+            component: support::component("api"),
+            overlap: Overlap::Allowed,
+            controller: has_controller,
+        };
+        back.plan.containers.insert(replank_core::words::ContainerName::new("upgrade").unwrap(), container);
         let world = World::new(record, Has, None).await;
         let preflight = world.engine.preflight().await.unwrap();
         assert_eq!(preflight.available, !has_controller, "only a controller reads records: {}", preflight.reason);

@@ -454,7 +454,7 @@ async fn cuts_sessions_off(listener: tokio::net::UnixListener) {
             let mut begin = vec![0; 4096];
             let read = client.read(&mut begin).await.expect("a request");
             engine.write_all(&begin[..read]).await.expect("passed on");
-            if String::from_utf8_lossy(&begin[..read]).contains("/session HTTP/") {
+            if String::from_utf8_lossy(&begin[..read]).contains("/session") {
                 let read = engine.read(&mut begin).await.expect("an answer");
                 client.write_all(&begin[..read]).await.expect("passed back");
             } else {

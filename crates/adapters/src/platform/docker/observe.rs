@@ -30,6 +30,9 @@ use crate::engine::{Engine, classify, is_missing};
 const INSPECTIONS: usize = 8;
 /// A container that was restarted by the engine less than this ago is in trouble even while it runs.
 const FRESH: u64 = 10_000;
+/// A controller may die at any moment and goes on where it was: that it was brought back once says nothing about its release. One
+/// that cannot run does not come to stand still here: it does not answer its probe, and another controller takes over.
+const CONTROLLER_RESTARTS: i64 = 1;
 /// Longest text of trouble that is passed on from the engine.
 const TROUBLE_MAX: usize = 200;
 
@@ -106,7 +109,8 @@ async fn containers(platform: &DockerPlatform, engine: &Engine, at: Millis) -> R
                 tracing::warn!(container = %id, "a container of this installation has labels that are not understood");
                 return Ok(None);
             };
-            seen(engine, carried, id, &found, at).await.map(Some)
+            let is_controller = platform.config.containers.get(&carried.container).is_some_and(|run| run.controller);
+            seen(engine, carried, id, &found, at, is_controller).await.map(Some)
         })
         .buffered(INSPECTIONS)
         .try_collect()
@@ -120,6 +124,7 @@ async fn seen(
     id: String,
     found: &ContainerInspectResponse,
     at: Millis,
+    is_controller: bool,
 ) -> Result<Seen, Fault> {
     let state = found.state.clone().unwrap_or_default();
     let running = match state.status.unwrap_or(ContainerStateStatusEnum::EMPTY) {
@@ -137,7 +142,7 @@ async fn seen(
         image: image(engine, &carried, found).await?,
         running,
         exit_code: if running == Running::Stopped { state.exit_code } else { None },
-        trouble: trouble(&state, found.restart_count.unwrap_or(0), at),
+        trouble: trouble(&state, found.restart_count.unwrap_or(0), at, is_controller),
     };
     let policy = found.host_config.as_ref().and_then(|h| h.restart_policy.as_ref()).and_then(|r| r.name);
     let returns = match policy.unwrap_or(RestartPolicyNameEnum::EMPTY) {
@@ -179,12 +184,13 @@ async fn image(engine: &Engine, carried: &Carried, found: &ContainerInspectRespo
 }
 
 /// What the engine says is wrong. A container that ended by a signal was most likely stopped, which is no trouble.
-fn trouble(state: &ContainerState, restarts: i64, at: Millis) -> Option<String> {
+fn trouble(state: &ContainerState, restarts: i64, at: Millis, is_controller: bool) -> Option<String> {
     /// Exit codes of SIGKILL and SIGTERM: how a stop ends.
     const STOPPED: [i64; 2] = [137, 143];
     let code = state.exit_code.unwrap_or(0);
     let said = state.error.as_deref().unwrap_or("").trim();
     let with = |text: String| if said.is_empty() { text } else { format!("{text}: {said}") };
+    let allowed = if is_controller { CONTROLLER_RESTARTS } else { 0 };
     let fresh = time(state.started_at.as_deref()).is_some_and(|started| at.since(started) < FRESH);
     let text = match state.status.unwrap_or(ContainerStateStatusEnum::EMPTY) {
         ContainerStateStatusEnum::RESTARTING => with(format!("crash loop: ended with code {code} and is restarted")),
@@ -200,7 +206,7 @@ fn trouble(state: &ContainerState, restarts: i64, at: Millis) -> Option<String> 
         {
             "unhealthy: its image's own check fails".to_owned()
         }
-        ContainerStateStatusEnum::RUNNING if restarts > 0 && fresh => {
+        ContainerStateStatusEnum::RUNNING if restarts > allowed && fresh => {
             format!("crash loop: restarted {restarts} times, the last time just now")
         }
         _ => return None,
@@ -351,4 +357,31 @@ async fn by_listener(
         return Ok(());
     }
     probe::ask(stream, probe, host, &deployment.version).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_restart_is_trouble_for_everything_but_a_controller() {
+        let running = |seconds_ago: i64| ContainerState {
+            status: Some(ContainerStateStatusEnum::RUNNING),
+            started_at: Some(jiff::Timestamp::from_second(1_000 - seconds_ago).unwrap().to_string()),
+            ..ContainerState::default()
+        };
+        let at = Millis(1_000_000);
+        for (restarts, seconds_ago, is_controller, in_trouble) in [
+            (0, 1, false, false),
+            (1, 1, false, true),
+            (1, 60, false, false),
+            // It may be killed at any moment, and goes on.
+            (1, 1, true, false),
+            (2, 1, true, true),
+            (2, 60, true, false),
+        ] {
+            let found = trouble(&running(seconds_ago), restarts, at, is_controller);
+            assert_eq!(found.is_some(), in_trouble, "{restarts} {seconds_ago} {is_controller}: {found:?}");
+        }
+    }
 }
