@@ -75,8 +75,8 @@ fn first(build: &Build, without_first: bool) -> Result<Option<PathBuf>> {
     process::run(Command::new("git").arg("-C").arg(&here).args(["archive", "-o"]).arg(&tar).arg(FIRST))?;
     process::run(Command::new("tar").arg("-xf").arg(&tar).arg("-C").arg(&source))?;
     let target = directory().join("target");
-    let mut cargo = build.cargo(&["build", "--package", "replank", "--bin", "replank", "--target-dir"]);
-    cargo.arg(&target).current_dir(&source);
+    let mut cargo = build.cargo(&["build", "--package", "replank", "--bin", "replank"]);
+    cargo.arg("--target-dir").arg(&target).current_dir(&source);
     if !cargo.status()?.success() {
         bail!("the first landed state does not build");
     }

@@ -360,7 +360,7 @@ async fn a_rollback_to_a_controller_that_could_not_read_the_record_is_refused_in
         let back = &mut record.snapshot.as_mut().unwrap().deployment;
         back.reads_format = Some(BEHIND);
         let container = ContainerPlan {
-            component: support::component("api"),
+            component: support::name("api"),
             overlap: Overlap::Allowed,
             controller: has_controller,
         };
