@@ -236,6 +236,26 @@ async fn the_audit_trail_says_what_happened_and_nothing_else() {
     assert_eq!(said[0]["loopback_remote_allowed"], json!(false));
 }
 
+/// Before enforcing is switched on, an operator sees in the trail what it would refuse, and by which rule.
+#[tokio::test]
+async fn audit_tells_what_enforce_would_refuse() {
+    let process = Process::start(&[("EXEC_TOKEN", TOKEN), ("EXEC_POLICY", "audit")]);
+    assert_eq!(process.said()[0]["policy"], "audit", "{:?}", process.said()[0]);
+    for (argv, expect) in [
+        (json!(["git", "version"]), json!("git may not be asked for this subcommand")),
+        (json!(["git", "-c", "core.fsmonitor=id", "version"]), json!("git may not be given this setting")),
+        (json!(["kubectl", "run", "true"]), Value::Null),
+    ] {
+        let before = process.said().len();
+        assert_eq!(process.post("/exec", &json!({ "argv": argv })).await.0, 200, "{argv}: audit refuses nothing");
+        until(|| process.said().len() > before).await;
+        let started = process.said()[before].clone();
+        assert_eq!((&started["event"], &started["policy_would_refuse"]), (&json!("exec_start"), &expect), "{argv}");
+    }
+    // The programs that the operator allows are enforced in either mode.
+    assert_eq!(process.post("/exec", &json!({ "argv": ["sh", "-c", "id"] })).await.0, 403);
+}
+
 /// Told to stop, it ends, and so does what runs; nobody reading its standard error is no reason to end.
 #[tokio::test]
 async fn it_stops_with_everything_and_runs_without_a_reader() {
