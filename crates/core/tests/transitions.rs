@@ -231,6 +231,21 @@ fn a_start_is_refused_in_flight_and_accepted_in_every_resting_state() {
     }
 }
 
+/// Elsewhere a result was removed after ten seconds, and nobody who looked later learned of it. Here only a person ends one.
+#[test]
+fn lesson_21_a_final_state_stays_until_somebody_starts_something() {
+    for state in State::ALL.into_iter().filter(|state| !state.in_flight()) {
+        for record in variants(state) {
+            for event in events(&record) {
+                // Long after.
+                let Ok(phase) = next(&record, &event, Millis(i64::MAX / 2)) else { continue };
+                let by_a_person = matches!(event, Event::Start { .. } | Event::RollbackStarted { .. });
+                assert!(phase.state() == state || by_a_person, "{} ended {}", event.name(), state.name());
+            }
+        }
+    }
+}
+
 #[test]
 fn a_rollback_without_a_snapshot_is_refused_by_name() {
     let mut record = record_in(Succeeded, Mode::Single);

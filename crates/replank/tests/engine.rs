@@ -661,6 +661,22 @@ async fn what_a_remote_says_is_told_without_its_tricks_and_without_secrets() {
     clean(&failed.into_iter().find(|line| line.contains("\"failed\"")).expect("a line that tells of it"));
 }
 
+/// Elsewhere "Check" showed nothing where nothing had changed. The history has no news then, and whoever clicked has an answer.
+#[tokio::test]
+async fn lesson_14_a_check_that_finds_nothing_new_answers_visibly() {
+    let world = World::of_remote().await;
+    world.remote.offers(&["0.1.0"]);
+    let mut last = None;
+    for _ in 0..2 {
+        let checked = world.engine.check(&alice()).await.unwrap().latest.checked_at;
+        assert_eq!(checked, Some(world.clock.now()));
+        assert!(checked > last, "the same answer as before");
+        last = checked;
+        world.later(15_000);
+    }
+    assert!(world.events().await.is_empty());
+}
+
 #[tokio::test]
 async fn candidates_are_kept_for_15_seconds() {
     let world = World::of_remote().await;

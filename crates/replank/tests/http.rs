@@ -275,6 +275,28 @@ async fn tokens_expire_are_revoked_and_are_limited() {
     assert!(refused.iter().all(|r| !format!("{r:?}").contains("rpk_")), "no token is written down");
 }
 
+/// The status may know a token for a moment longer; whoever would change something is asked for anew.
+#[tokio::test]
+async fn a_revoked_token_starts_nothing_although_it_was_just_seen() {
+    let server = Server::start(options()).await;
+    assert_eq!(get(&server, ADMIN, "/api/upgrade/status").await.status, 200);
+    server.tokens.all.lock().unwrap()[0].revoked_at = Some(Millis(1));
+    for (path, body) in [
+        ("start", r#"{"confirm_downtime":true}"#),
+        ("rollback", "{}"),
+        ("cancel", "{}"),
+        ("reset", r#"{"reason":"stuck"}"#),
+    ] {
+        assert_eq!(post(&server, ADMIN, &format!("/api/upgrade/{path}"), body).await.status, 401, "{path}");
+    }
+    // A role that was taken away counts from now on as well.
+    server.tokens.all.lock().unwrap()[0].revoked_at = None;
+    assert_eq!(get(&server, ADMIN, "/api/upgrade/status").await.status, 200);
+    server.tokens.all.lock().unwrap()[0].role = replank_core::ports::Role::Reader;
+    assert_eq!(post(&server, ADMIN, "/api/upgrade/rollback", "{}").await.status, 403);
+    assert!(server.engine.calls.lock().unwrap().is_empty());
+}
+
 #[tokio::test]
 async fn what_administrators_were_refused_is_written_down() {
     let server = Server::start(options()).await;
