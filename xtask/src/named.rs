@@ -58,8 +58,8 @@ fn has(source: &str, name: &str) -> bool {
         let line = line.strip_prefix("async ").unwrap_or(line);
         let is_it =
             line.strip_prefix("fn ").and_then(|rest| rest.strip_prefix(name)).is_some_and(|rest| rest.starts_with('('));
-        let above = lines[..at].iter().rev().take_while(|above| above.starts_with("#[") || above.starts_with("//"));
-        is_it && above.into_iter().any(|above| TEST.iter().any(|test| above.starts_with(test)))
+        let mut above = lines[..at].iter().rev().take_while(|above| above.starts_with("#[") || above.starts_with("//"));
+        is_it && above.any(|above| TEST.iter().any(|test| above.starts_with(test)))
     })
 }
 

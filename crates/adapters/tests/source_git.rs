@@ -590,7 +590,7 @@ const FETCH: &str = "REPLANK_TEST_FETCH";
 async fn fetches_what_it_is_told() {
     let Ok(told) = std::env::var(FETCH) else { return };
     let [remote, sha, work] = told.split(' ').collect::<Vec<_>>()[..] else { panic!("{told}") };
-    let mut config = GitConfig::new(remote.to_owned(), work.into());
+    let mut config = GitConfig::new(remote, work);
     config.allow_loopback = true;
     let sha = CommitSha::new(sha).expect("sha");
     let source = GitSource::new(config).expect("source");

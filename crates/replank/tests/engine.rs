@@ -657,8 +657,8 @@ async fn what_a_remote_says_is_told_without_its_tricks_and_without_secrets() {
     let Phase::FailedPre { fault } = &record.phase else { panic!("{:?}", record.phase) };
     clean(&fault.what);
     let lines = world.engine.history(100).await.unwrap();
-    let failed = lines.iter().map(|line| String::from_utf8(line.bytes.clone()).unwrap());
-    clean(&failed.into_iter().find(|line| line.contains("\"failed\"")).expect("a line that tells of it"));
+    let mut failed = lines.iter().map(|line| String::from_utf8(line.bytes.clone()).unwrap());
+    clean(&failed.find(|line| line.contains("\"failed\"")).expect("a line that tells of it"));
 }
 
 /// Elsewhere "Check" showed nothing where nothing had changed. The history has no news then, and whoever clicked has an answer.
