@@ -6,6 +6,7 @@ mod build;
 mod demo;
 mod faults;
 mod fuzz;
+mod named;
 mod sim;
 mod test;
 mod tidy;

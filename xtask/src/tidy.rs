@@ -1,4 +1,5 @@
-//! The static checks: what the core may depend on, which way imports run, how large files are.
+//! The static checks: what the core may depend on, which way imports run, how large files are, and that the attacks which the
+//! security notes name are there.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,6 +7,8 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use replank_testbed::images;
+
+use crate::named;
 
 /// What the core may depend on: no clock, network, file system, database or asynchronous runtime behind any of them.
 const CORE_DEPENDENCIES: [&str; 7] = ["async-trait", "jiff", "regex", "serde", "serde_json", "sha2", "thiserror"];
@@ -23,6 +26,7 @@ const LINES_WARNED: usize = 600;
 pub(crate) fn run() -> Result<ExitCode> {
     let root = images::workspace();
     let mut problems = core_dependencies(&fs::read_to_string(root.join("crates/core/Cargo.toml"))?)?;
+    problems.extend(named::problems(&root)?);
     for path in sources(&root)? {
         let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
         let name = path.strip_prefix(&root).unwrap_or(&path).to_string_lossy().into_owned();

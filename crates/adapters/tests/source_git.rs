@@ -556,3 +556,112 @@ async fn a_name_is_resolved_once_and_pinned() {
     let (class, text) = told(source.refs().await);
     assert!(class == Class::Permanent && text.contains("loopback remotes are not allowed"), "{text}");
 }
+
+/// The look before the fetch sees an honest server, and git is then sent elsewhere: into the private network, for example.
+#[tokio::test]
+async fn git_follows_no_redirect() {
+    let world = World::new().await;
+    let sha = world.tag("v1.0.0");
+    let elsewhere = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
+    elsewhere.set_nonblocking(true).expect("not blocking");
+    world.server.set(Mode::RedirectGit(format!("http://{}", elsewhere.local_addr().expect("address"))));
+    let mut config = world.config();
+    config.limits.clone_time = Duration::from_secs(10);
+    let source = GitSource::new(config).expect("source");
+    let commit = Target {
+        kind: TargetKind::Commit,
+        version: version("1.0.0").at_commit(&sha),
+        commit: sha.clone(),
+        raw_ref: "refs/heads/main".to_owned(),
+    };
+    for target in [release("v1.0.0", &sha), commit] {
+        let (class, text) = told(source.fetch(&job(), &target, &NoLog).await);
+        assert!(class == Class::Transient && text.contains("git clone failed"), "{text}");
+        assert!(elsewhere.accept().is_err(), "git went where it was sent: {text}");
+        assert_no_tree(&world);
+    }
+}
+
+/// How the child of the next test knows what to fetch: address, commit and work directory.
+const FETCH: &str = "REPLANK_TEST_FETCH";
+
+#[tokio::test]
+#[ignore = "a part of the next test, run by it in an environment of its own"]
+async fn fetches_what_it_is_told() {
+    let Ok(told) = std::env::var(FETCH) else { return };
+    let [remote, sha, work] = told.split(' ').collect::<Vec<_>>()[..] else { panic!("{told}") };
+    let mut config = GitConfig::new(remote, work);
+    config.allow_loopback = true;
+    let sha = CommitSha::new(sha).expect("sha");
+    let source = GitSource::new(config).expect("source");
+    source.fetch(&job(), &release("v1.0.0", &sha), &NoLog).await.expect("tree");
+}
+
+/// What stands in the controller's own environment, and in its user's settings, reaches no git: no program, no other place.
+#[tokio::test]
+async fn a_hostile_environment_reaches_no_child() {
+    let world = World::new().await;
+    world.commit(".gitattributes", "* filter=evil diff=evil\n");
+    let sha = world.tag("v1.0.0");
+    let (dir, home) = (world.dir.path(), world.dir.path().join("home"));
+    let (ran, program, trace) = (dir.join("ran"), dir.join("program"), dir.join("trace"));
+    fs::create_dir_all(home.join("template/hooks")).expect("directories");
+    let hook = home.join("template/hooks/post-checkout");
+    for script in [&program, &hook] {
+        fs::write(script, format!("#!/bin/sh\ntouch '{}'\ncat\n", ran.display())).expect("script");
+        fs::set_permissions(script, fs::Permissions::from_mode(0o755)).expect("mode");
+    }
+    let elsewhere = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
+    elsewhere.set_nonblocking(true).expect("not blocking");
+    let there = format!("http://{}/", elsewhere.local_addr().expect("address"));
+    let (run, hooks) = (program.display().to_string(), home.join("template/hooks").display().to_string());
+    let remote = format!("http://127.0.0.1:{}/repo.git", world.server.port);
+    let settings = format!(
+        "[core]\n\tfsmonitor = {run}\n\thooksPath = {hooks}\n\tsshCommand = {run}\n[filter \"evil\"]\n\tsmudge = {run}\n\
+         [credential]\n\thelper = !{run}\n[init]\n\ttemplateDir = {0}\n[http]\n\tproxy = {there}\n\
+         [url \"{there}\"]\n\tinsteadOf = http://127.0.0.1\n",
+        home.join("template").display()
+    );
+    let file = home.join(".gitconfig");
+    fs::write(&file, settings).expect("settings");
+    let text = |path: &Path| path.display().to_string();
+    let mut command = tokio::process::Command::new(std::env::current_exe().expect("this binary"));
+    command
+        .args(["--exact", "fetches_what_it_is_told", "--ignored", "--nocapture"])
+        .env(FETCH, format!("{remote} {sha} {}", text(&world.work())))
+        .kill_on_drop(true);
+    for (name, value) in [
+        ("HOME", text(&home)),
+        ("XDG_CONFIG_HOME", text(&home)),
+        ("GIT_CONFIG", text(&file)),
+        ("GIT_CONFIG_GLOBAL", text(&file)),
+        ("GIT_CONFIG_SYSTEM", text(&file)),
+        ("GIT_CONFIG_PARAMETERS", format!("'core.fsmonitor'='{run}' 'filter.evil.smudge'='{run}'")),
+        ("GIT_CONFIG_COUNT", "2".to_owned()),
+        ("GIT_CONFIG_KEY_0", "core.hooksPath".to_owned()),
+        ("GIT_CONFIG_VALUE_0", hooks.clone()),
+        ("GIT_CONFIG_KEY_1", "http.proxy".to_owned()),
+        ("GIT_CONFIG_VALUE_1", there.clone()),
+        ("GIT_TEMPLATE_DIR", text(&home.join("template"))),
+        ("GIT_SSH_COMMAND", run.clone()),
+        ("GIT_PROXY_COMMAND", run.clone()),
+        ("GIT_ASKPASS", run.clone()),
+        ("GIT_EXTERNAL_DIFF", run.clone()),
+        ("GIT_DIR", text(&home)),
+        ("GIT_WORK_TREE", text(&home)),
+        ("GIT_OBJECT_DIRECTORY", text(&home)),
+        ("GIT_ALLOW_PROTOCOL", "ext:file".to_owned()),
+        ("GIT_TRACE", text(&trace)),
+        ("http_proxy", there.clone()),
+        ("HTTP_PROXY", there.clone()),
+        ("ALL_PROXY", there.clone()),
+    ] {
+        command.env(name, value);
+    }
+    let out = tokio::time::timeout(Duration::from_secs(60), command.output()).await.expect("in time").expect("child");
+    let said = format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
+    assert!(out.status.success() && said.contains("1 passed"), "{said}");
+    assert!(!ran.exists(), "a program of the environment ran: {said}");
+    assert!(!trace.exists() && elsewhere.accept().is_err(), "{said}");
+    assert!(world.work().join("job-1/src/Dockerfile").exists());
+}

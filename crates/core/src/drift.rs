@@ -3,6 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::mask::mask_sentence;
 use crate::ports::{Observation, Running};
 use crate::record::Deployment;
 use crate::words::Millis;
@@ -77,7 +78,7 @@ pub fn of(recorded: &Deployment, seen: &Observation) -> Vec<String> {
 }
 
 fn on_a_line(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(SENTENCE_MAX).collect()
+    mask_sentence(text).chars().take(SENTENCE_MAX).collect()
 }
 
 /// One difference for as long as it is seen, look after look: what passes by itself is none.

@@ -5,6 +5,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::mask::{Masker, mask_sentence_with};
+
 /// How the engine treats a failure. Adapters classify once and exhaustively; they never retry on their own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -79,9 +81,16 @@ impl Fault {
         text
     }
 
-    /// What the record keeps of it.
+    /// What the record keeps of it, and everybody is told. Masked here once more, whatever the adapter did: a cause can be what
+    /// a remote, a registry or a build said.
     pub fn told(&self) -> Told {
-        Told { class: self.class, what: one_line(&self.chain()), advice: one_line(&self.advice) }
+        self.told_with(&Masker::new(&[]))
+    }
+
+    /// The same without values that are known to be secret.
+    pub fn told_with(&self, masker: &Masker) -> Told {
+        let short = |text: &str| cut(mask_sentence_with(masker, text));
+        Told { class: self.class, what: short(&self.chain()), advice: short(&self.advice) }
     }
 }
 
@@ -120,8 +129,29 @@ impl Told {
 /// Longest text that the record keeps of a failure; the full text is in the log.
 const TOLD_MAX: usize = 1_000;
 
-fn one_line(text: &str) -> String {
-    let flat: Vec<&str> = text.split_whitespace().collect();
-    let flat = flat.join(" ");
-    if flat.chars().count() <= TOLD_MAX { flat } else { flat.chars().take(TOLD_MAX - 1).chain(['…']).collect() }
+fn cut(text: String) -> String {
+    if text.chars().count() <= TOLD_MAX { text } else { text.chars().take(TOLD_MAX - 1).chain(['…']).collect() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Lesson 15: a broker's connection string, password included, was about to reach the page inside an error.
+    #[test]
+    fn lesson_15_what_is_told_of_a_failure_holds_no_secret_and_no_control() {
+        let broker = "cannot connect to amqps://app:hunter2@broker.test/vhost\u{1b}]0;owned\u{7}\u{202e}";
+        let fault = Fault::transient("the health check failed")
+            .because(Fault::permanent("the build said AccountKey=c2VjcmV0== and my-own-value").because(broker))
+            .advice("set password=hunter3 again\u{200b}");
+        let told = fault.told_with(&Masker::new(&["my-own-value".to_owned()]));
+        let text = told.sentence();
+        for secret in ["hunter", "c2VjcmV0", "my-own-value"] {
+            assert!(!text.contains(secret), "{secret}: {text}");
+        }
+        assert!(!text.contains(|c: char| c.is_control() || crate::mask::is_obeyed(c)), "{text:?}");
+        // What is no secret stays, also where nobody knows a value.
+        assert!(text.contains("broker.test") && text.contains("the health check failed: the build said"), "{text}");
+        assert!(!fault.told().sentence().contains("hunter"));
+    }
 }

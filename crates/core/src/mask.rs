@@ -376,6 +376,25 @@ pub fn mask_text_with(masker: &Masker, text: &str) -> String {
     String::from_utf8_lossy(&out).into_owned()
 }
 
+/// Masks a sentence that is stored or told to others: an error, a reason, what a remote or a container said. On one line and
+/// without colours, since nobody knows where it will be shown.
+pub fn mask_sentence(text: &str) -> String {
+    mask_sentence_with(&Masker::new(&[]), text)
+}
+
+/// The same with known values.
+pub fn mask_sentence_with(masker: &Masker, text: &str) -> String {
+    let masked = mask_text_with(masker, text);
+    let (mut plain, mut rest) = (String::with_capacity(masked.len()), masked.as_str());
+    while let Some(at) = rest.find('\u{1b}') {
+        plain.push_str(&rest[..at]);
+        // Nothing but colours begins with it any more.
+        rest = &rest[at + sgr(&rest[at..]).map_or(1, str::len)..];
+    }
+    plain.push_str(rest);
+    plain.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
 // --- What a terminal or a page would obey ------------------------------------------------------------------------
 
 /// A line with everything made visible that is not text, a tab or a colour.
@@ -410,7 +429,7 @@ fn shown(line: &[u8]) -> String {
 }
 
 /// Characters beyond ASCII that change how others are shown, or show nothing themselves.
-fn is_obeyed(c: char) -> bool {
+pub fn is_obeyed(c: char) -> bool {
     matches!(c,
         '\u{80}'..='\u{9f}' | '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
         | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')

@@ -99,6 +99,25 @@ fn long_lines_are_cut_and_say_so() {
     assert_eq!(lines[1], "short");
 }
 
+#[test]
+fn a_sentence_is_one_line_without_colours() {
+    for (said, expect) in [
+        ("a\r\nb \u{1b}[31mred\u{1b}[0m\tc", "a b red c"),
+        ("x\u{1b}]0;title\u{7}y\u{1b}[2J", "x␛]0;title␇y␛[2J"),
+        ("v1\u{202e}.0\u{200b}\u{e0041}", "v1\\u{202e}.0\\u{200b}\\u{e0041}"),
+        ("Endpoint=sb://x/;AccountKey=abc==", "Endpoint=sb://x/;AccountKey=***"),
+        (
+            "remote: no access for https://bob:hunter2@git.test/x.git",
+            "remote: no access for https://***@git.test/x.git",
+        ),
+        ("it failed; look at the log", "it failed; look at the log"),
+    ] {
+        assert_eq!(mask_sentence(said), expect, "{said:?}");
+    }
+    let masker = Masker::new(&["correct-horse".to_owned()]);
+    assert_eq!(mask_sentence_with(&masker, "it is correct-\nhorse"), "it is *** ***");
+}
+
 fn masked(secrets: &[&str], chunks: &[&[u8]]) -> String {
     let mut masker = Masker::new(&secrets.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>());
     let mut out: Vec<u8> = chunks.iter().flat_map(|chunk| masker.push(chunk)).collect();

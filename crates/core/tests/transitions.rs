@@ -231,6 +231,21 @@ fn a_start_is_refused_in_flight_and_accepted_in_every_resting_state() {
     }
 }
 
+/// Elsewhere a result was removed after ten seconds, and nobody who looked later learned of it. Here only a person ends one.
+#[test]
+fn lesson_21_a_final_state_stays_until_somebody_starts_something() {
+    for state in State::ALL.into_iter().filter(|state| !state.in_flight()) {
+        for record in variants(state) {
+            for event in events(&record) {
+                // Long after.
+                let Ok(phase) = next(&record, &event, Millis(i64::MAX / 2)) else { continue };
+                let by_a_person = matches!(event, Event::Start { .. } | Event::RollbackStarted { .. });
+                assert!(phase.state() == state || by_a_person, "{} ended {}", event.name(), state.name());
+            }
+        }
+    }
+}
+
 #[test]
 fn a_rollback_without_a_snapshot_is_refused_by_name() {
     let mut record = record_in(Succeeded, Mode::Single);
@@ -299,6 +314,116 @@ fn a_quarantined_commit_needs_the_override() {
         "{line}"
     );
     assert!(matches!(apply(&lifted.record, &lift, Millis(7)), Err(Refused::Inconsistent { .. })), "once");
+}
+
+/// Quarantine is of the commit: neither another tag on it nor another image of it is another release.
+#[test]
+fn neither_a_new_tag_nor_a_new_build_slips_past_the_quarantine() {
+    let failed = |state, mode| {
+        let fault = Told::permanent("probes fail", "");
+        apply(&record_in(state, mode), &Event::Failed { fault }, Millis(3)).unwrap().record
+    };
+    for record in [failed(Validating, Mode::BlueGreen), failed(RollingOut, Mode::Single)] {
+        let start = |minor: u64, commit: char| {
+            let mut job = job("job-2", minor, Mode::Single);
+            (job.target.version, job.target.commit) = (Version::release(0, minor, 0), sha(commit));
+            job.target.raw_ref = format!("refs/tags/v0.{minor}.0");
+            next(&record, &Event::Start { job: Box::new(job), override_quarantine: false }, Millis(4))
+        };
+        assert!(matches!(start(2, '2'), Err(Refused::Quarantined { .. })));
+        for retagged in [3, 9] {
+            let refused = start(retagged, '2').expect_err("the same commit under another tag");
+            // The version that failed is named, and not the one that it is called now.
+            assert!(
+                matches!(&refused, Refused::Quarantined { .. }) && refused.to_string().contains("0.2.0"),
+                "{refused}"
+            );
+        }
+        // Another commit may be started, also under the number that failed.
+        assert!(start(2, '7').is_ok() && start(3, '3').is_ok());
+    }
+}
+
+/// Whoever reads the history learns of each command who gave it, when, why, and from where.
+#[test]
+fn each_command_is_in_the_history_with_who_when_why_and_from_where() {
+    let alice = Actor { oid: "token:7".to_owned(), name: "alice".to_owned(), from: "10.1.2.3".to_owned() };
+    let why = "because of the outage".to_owned();
+    let mut told = BTreeSet::new();
+    for state in State::ALL {
+        for mut record in variants(state) {
+            let drift = apply(&record, &Event::DriftSeen { what: vec!["container app is gone".to_owned()] }, Millis(4));
+            let drifted = drift.map(|commit| commit.record);
+            let fault = Told::permanent("probes fail", "");
+            if let Ok(failed) = apply(&record, &Event::Failed { fault }, Millis(4)) {
+                record.quarantine.extend(failed.record.quarantine);
+            }
+            for record in [Some(record), drifted.ok()].into_iter().flatten() {
+                for mut event in events(&record) {
+                    // Named one by one: a new command does not compile until somebody has thought of this.
+                    let has_reason = match &mut event {
+                        Event::Start { job, override_quarantine } => {
+                            (job.actor, job.reason, *override_quarantine) = (alice.clone(), why.clone(), true);
+                            true
+                        }
+                        Event::RollbackStarted { actor, reason, .. }
+                        | Event::Cancelled { actor, reason }
+                        | Event::Reset { actor, reason }
+                        | Event::Kept { actor, reason }
+                        | Event::QuarantineLifted { actor, reason, .. }
+                        | Event::MovedTagAccepted { actor, reason, .. }
+                        | Event::DriftAccepted { actor, reason, .. }
+                        | Event::TokenChanged { actor, reason, .. }
+                        | Event::LedgerRestored { actor, reason, .. }
+                        | Event::ProxyUpgraded { actor, reason, .. } => {
+                            (*actor, *reason) = (alice.clone(), why.clone());
+                            true
+                        }
+                        Event::TrackCommits { actor, on } => {
+                            (*actor, *on) = (alice.clone(), !record.track_commits);
+                            false
+                        }
+                        Event::RefsSeen { .. }
+                        | Event::HandedOver { .. }
+                        | Event::TookOver { .. }
+                        | Event::Claimed
+                        | Event::Fetched(_)
+                        | Event::BuildIntended { .. }
+                        | Event::BuildDone { .. }
+                        | Event::BuildsComplete
+                        | Event::Prepared { .. }
+                        | Event::StepIntended { .. }
+                        | Event::StepDone { .. }
+                        | Event::OpIntended { .. }
+                        | Event::OpObserved { .. }
+                        | Event::Landed
+                        | Event::CutOverIntended
+                        | Event::Converged { .. }
+                        | Event::FlipIntended { .. }
+                        | Event::Completed
+                        | Event::Failed { .. }
+                        | Event::FlippedBack
+                        | Event::RolledBack
+                        | Event::RepairIntended { .. }
+                        | Event::ProvedServes { .. }
+                        | Event::WayBackProved { .. }
+                        | Event::DriftSeen { .. }
+                        | Event::SnapshotDropped { .. }
+                        | Event::PurgeTried { .. } => continue,
+                    };
+                    let Ok(commit) = apply(&record, &event, Millis(5)) else { continue };
+                    let line: serde_json::Value = serde_json::from_slice(&commit.lines[0].bytes).unwrap();
+                    let expect = serde_json::json!({ "oid": "token:7", "name": "alice", "from": "10.1.2.3" });
+                    assert_eq!((&line["actor"], &line["ts"]), (&expect, &Millis(5).rfc3339().into()), "{line}");
+                    if has_reason {
+                        assert_eq!(line["reason"], why.as_str(), "{line}");
+                    }
+                    told.insert(line["event"].as_str().unwrap().to_owned());
+                }
+            }
+        }
+    }
+    assert_eq!(told.len(), 12, "a command was refused everywhere: {told:?}");
 }
 
 #[test]

@@ -202,6 +202,7 @@ async fn start(controller: &Controller, args: &DeployArgs) -> anyhow::Result<()>
         confirm_downtime: true,
         // A first deployment that failed may be tried again without ceremony: nothing runs that it could harm.
         override_quarantine: true,
+        reason: Some("deployed by hand, as nothing runs yet".to_owned()),
         accept_one_way: true,
         ..StartRequest::default()
     };

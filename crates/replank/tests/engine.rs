@@ -47,9 +47,16 @@ struct Remote {
     /// What a look into a commit finds; it never comes back where there is nothing.
     peeked: Mutex<Option<Result<FileSeen, Told>>>,
     looked_into: AtomicU32,
+    /// What it says when it fails.
+    says: Mutex<String>,
 }
 
 impl Remote {
+    fn fails(&self, fault: Fault) -> Fault {
+        let says = self.says.lock().unwrap();
+        if says.is_empty() { fault } else { fault.because(says.clone()) }
+    }
+
     fn is_away(&self) {
         *self.tags.lock().unwrap() = None;
     }
@@ -83,7 +90,7 @@ impl Source for Remote {
         // Others get their turn while this look is under way.
         tokio::time::sleep(Duration::from_millis(50)).await;
         self.clock.0.fetch_add(self.takes.load(Ordering::SeqCst), Ordering::SeqCst);
-        let away = || Fault::transient("the git remote cannot be reached").advice("look at its machine");
+        let away = || self.fails(Fault::transient("the git remote cannot be reached").advice("look at its machine"));
         Ok(Refs { tags: self.tags.lock().unwrap().clone().ok_or_else(away)?, branch: None })
     }
     async fn peek(&self, _: &Target, _: Option<&CommitSha>, path: &str, _: usize) -> Result<Peeked, Fault> {
@@ -99,7 +106,7 @@ impl Source for Remote {
     async fn fetch(&self, _: &JobId, _: &Target, log: &dyn Log) -> Result<Tree, Fault> {
         log.write(Stream::Stdout, b"$ git clone --depth 1 https://git.test/shop.git\n");
         log.write(Stream::Stderr, format!("remote: hello {SECRET}\nfatal: the pack is damaged").as_bytes());
-        Err(Fault::permanent("git clone failed").advice("have it mended").because("exit code 128"))
+        Err(self.fails(Fault::permanent("git clone failed").advice("have it mended").because("exit code 128")))
     }
     async fn read(&self, _: &Tree, _: &str, _: usize) -> Result<Option<Vec<u8>>, Fault> {
         panic!("{NEVER}")
@@ -269,6 +276,7 @@ impl World {
             signed: AtomicBool::new(false),
             peeked: Mutex::new(Some(Ok(FileSeen::Absent))),
             looked_into: AtomicU32::new(0),
+            says: Mutex::default(),
         };
         let remote = Arc::new(remote);
         let ports = Ports {
@@ -648,4 +656,103 @@ async fn a_commit_is_looked_into_once_and_a_failure_is_kept_for_15_seconds() {
     world.later(9 * 60_000);
     assert!(request().await.is_err());
     assert_eq!(looks(), 2, "a commit never changes");
+}
+
+/// The credential that it was sent, another secret, and what a terminal or a page would obey: nothing of it is told to anybody.
+#[tokio::test]
+async fn what_a_remote_says_is_told_without_its_tricks_and_without_secrets() {
+    let world = World::of_remote().await;
+    *world.remote.says.lock().unwrap() =
+        format!("bad credential {SECRET}, password=hunter3 \u{1b}]0;owned\u{7}\r\u{202e}v9\u{200b}.0");
+    #[track_caller]
+    fn clean(text: &str) {
+        assert!(text.contains("bad credential ***, password=***") && text.contains("owned"), "{text:?}");
+        assert!(!text.contains("hunter"), "{text:?}");
+        let obeyed = |c: char| c.is_control() || replank_core::mask::is_obeyed(c);
+        assert!(!text.contains(obeyed) && !text.contains("\\u001b") && !text.contains("\\r"), "{text:?}");
+    }
+    clean(&world.error_of_candidates().await.unwrap());
+    world.later(15_000);
+    let Err(Refusal::Unavailable(why)) = world.engine.check(&alice()).await else { panic!("it is away") };
+    clean(&why);
+    world.later(15_000);
+    let Err(Refusal::Unavailable(why)) = world.engine.start(&alice(), start()).await else { panic!("it is away") };
+    clean(&why);
+    world.remote.offers(&["0.2.0"]);
+    world.later(15_000);
+    world.engine.start(&alice(), start()).await.unwrap();
+    let reconciler = Reconciler::new(world.ports.clone(), world.setup.clone(), world.shared.clone());
+    let run = reconciler.run(|record| !record.phase.state().in_flight());
+    tokio::time::timeout(Duration::from_secs(60), run).await.expect("the job ends");
+    let record = world.engine.record().await.unwrap();
+    let Phase::FailedPre { fault } = &record.phase else { panic!("{:?}", record.phase) };
+    clean(&fault.what);
+    let lines = world.engine.history(100).await.unwrap();
+    let mut failed = lines.iter().map(|line| String::from_utf8(line.bytes.clone()).unwrap());
+    clean(&failed.find(|line| line.contains("\"failed\"")).expect("a line that tells of it"));
+}
+
+/// Elsewhere "Check" showed nothing where nothing had changed. The history has no news then, and whoever clicked has an answer.
+#[tokio::test]
+async fn lesson_14_a_check_that_finds_nothing_new_answers_visibly() {
+    let world = World::of_remote().await;
+    world.remote.offers(&["0.1.0"]);
+    let mut last = None;
+    for _ in 0..2 {
+        let checked = world.engine.check(&alice()).await.unwrap().latest.checked_at;
+        assert_eq!(checked, Some(world.clock.now()));
+        assert!(checked > last, "the same answer as before");
+        last = checked;
+        world.later(15_000);
+    }
+    assert!(world.events().await.is_empty());
+}
+
+#[tokio::test]
+async fn candidates_are_kept_for_15_seconds() {
+    let world = World::of_remote().await;
+    world.remote.offers(&["0.2.0"]);
+    let looks = (0..8).map(|_| world.engine.candidates());
+    for found in futures_util::future::join_all(looks).await {
+        assert_eq!(found.unwrap().candidates.len(), 1);
+    }
+    world.later(14_999);
+    world.engine.candidates().await.unwrap();
+    assert_eq!(world.remote.asked(), 1, "a page that is reloaded asks nobody");
+    world.later(1);
+    world.engine.candidates().await.unwrap();
+    assert_eq!(world.remote.asked(), 2);
+}
+
+#[tokio::test]
+async fn an_override_of_the_quarantine_needs_a_reason() {
+    let mut quarantined = record();
+    let entry = Quarantined {
+        version: "0.2.0".parse().unwrap(),
+        reason: "probes fail".to_owned(),
+        at: Millis(0),
+        images: BTreeMap::new(),
+    };
+    quarantined.quarantine.insert(CommitSha::new(SHA).unwrap(), entry);
+    let world = World::new(quarantined, Lacks, None).await;
+    world.remote.offers(&["0.3.0", "0.2.0"]);
+    // Under another tag it is the same commit.
+    for version in ["0.2.0", "0.3.0"] {
+        for (override_quarantine, reason, part) in [
+            (false, Some("I know better"), "is quarantined since it failed: probes fail"),
+            (true, None, "needs a reason"),
+            (true, Some(" \n"), "needs a reason"),
+        ] {
+            let (target_version, reason) = (Some(version.to_owned()), reason.map(str::to_owned));
+            let request = StartRequest { target_version, override_quarantine, reason, ..start() };
+            let refused = world.engine.start(&alice(), request).await;
+            assert!(matches!(&refused, Err(Refusal::Conflict(why)) if why.contains(part)), "{version}: {refused:?}");
+        }
+    }
+    assert!(world.events().await.is_empty());
+    let reason = Some("the disk was full".to_owned());
+    world.engine.start(&alice(), StartRequest { override_quarantine: true, reason, ..start() }).await.unwrap();
+    let events = world.events().await;
+    let told = (&events[0]["event"], &events[0]["override"], &events[0]["reason"], &events[0]["actor"]["from"]);
+    assert_eq!(told, (&"start".into(), &"quarantine".into(), &"the disk was full".into(), &"127.0.0.1".into()));
 }

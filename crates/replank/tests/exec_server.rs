@@ -18,6 +18,7 @@ use replank_exec::outbound::Resolver;
 use replank_exec::server::config::Config;
 use replank_exec::server::http::Server;
 use replank_exec::server::place::{Places, make_private};
+use replank_testbed::git::Fault;
 use replank_testbed::repo::{Entry, Repo};
 use replank_testbed::{GitServer, GitServerOptions};
 use serde_json::{Value, json};
@@ -236,6 +237,31 @@ async fn the_audit_trail_says_what_happened_and_nothing_else() {
     assert_eq!(said[0]["loopback_remote_allowed"], json!(false));
 }
 
+/// Before enforcing is switched on, an operator sees in the trail what it would refuse, and by which rule.
+#[tokio::test]
+async fn audit_tells_what_enforce_would_refuse() {
+    let process = Process::start(&[("EXEC_TOKEN", TOKEN), ("EXEC_POLICY", "audit")]);
+    assert_eq!(process.said()[0]["policy"], "audit", "{:?}", process.said()[0]);
+    let starts = || {
+        let said = process.said();
+        said.into_iter().filter(|event| event["event"] == "exec_start").collect::<Vec<_>>()
+    };
+    for (number, (argv, expect)) in [
+        (json!(["git", "version"]), json!("git may not be asked for this subcommand")),
+        (json!(["git", "-c", "core.fsmonitor=id", "version"]), json!("git may not be given this setting")),
+        (json!(["kubectl", "run", "true"]), Value::Null),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        assert_eq!(process.post("/exec", &json!({ "argv": argv })).await.0, 200, "{argv}: audit refuses nothing");
+        until(|| starts().len() > number).await;
+        assert_eq!(starts()[number]["policy_would_refuse"], expect, "{argv}");
+    }
+    // The programs that the operator allows are enforced in either mode.
+    assert_eq!(process.post("/exec", &json!({ "argv": ["sh", "-c", "id"] })).await.0, 403);
+}
+
 /// Told to stop, it ends, and so does what runs; nobody reading its standard error is no reason to end.
 #[tokio::test]
 async fn it_stops_with_everything_and_runs_without_a_reader() {
@@ -278,6 +304,28 @@ async fn it_stops_with_everything_and_runs_without_a_reader() {
     assert_eq!(post(address, "/exec", TOKEN, r#"{"argv":["azcopy"]}"#).await.0, 200);
     child.kill().unwrap();
     child.wait().unwrap();
+}
+
+/// A remote that sends git into another network.
+#[tokio::test]
+async fn git_follows_no_redirect() {
+    let upstream = upstream(None);
+    let remote = upstream.server.url("app");
+    let elsewhere = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    elsewhere.set_nonblocking(true).unwrap();
+    let process = Process::start(&[
+        ("EXEC_TOKEN", TOKEN),
+        ("UPGRADE_GIT_REMOTE", &remote),
+        ("EXEC_ALLOW_LOOPBACK_REMOTE", "true"),
+    ]);
+    upstream.server.set_fault(Fault::Redirect(format!("http://{}", elsewhere.local_addr().unwrap())));
+    let clone = process.place.path().join("clones/job-1");
+    for argv in [json!(["git", "ls-remote", remote]), json!(["git", "clone", "--depth", "1", remote, clone])] {
+        let (status, body) = process.post("/exec", &json!({ "argv": argv, "timeout_seconds": 10 })).await;
+        let done: Value = serde_json::from_str(&body).unwrap();
+        assert_eq!((status, &done["exit_code"]), (200, &json!(128)), "{argv}: {body}");
+        assert!(elsewhere.accept().is_err(), "{argv}: git went where it was sent: {body}");
+    }
 }
 
 struct Upstream {

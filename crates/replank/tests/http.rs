@@ -147,7 +147,8 @@ async fn every_route_knows_who_may() {
                 assert!(answer.json()["detail"].is_string(), "{method} {path}");
             }
             for header in [
-                "content-security-policy:",
+                "content-security-policy: default-src 'none'; frame-ancestors 'none';",
+                "x-frame-options: deny",
                 "x-content-type-options: nosniff",
                 "cache-control: no-store",
                 "referrer-policy:",
@@ -274,6 +275,28 @@ async fn tokens_expire_are_revoked_and_are_limited() {
     assert!(refused.iter().all(|r| !format!("{r:?}").contains("rpk_")), "no token is written down");
 }
 
+/// The status may know a token for a moment longer; whoever would change something is asked for anew.
+#[tokio::test]
+async fn a_revoked_token_starts_nothing_although_it_was_just_seen() {
+    let server = Server::start(options()).await;
+    assert_eq!(get(&server, ADMIN, "/api/upgrade/status").await.status, 200);
+    server.tokens.all.lock().unwrap()[0].revoked_at = Some(Millis(1));
+    for (path, body) in [
+        ("start", r#"{"confirm_downtime":true}"#),
+        ("rollback", "{}"),
+        ("cancel", "{}"),
+        ("reset", r#"{"reason":"stuck"}"#),
+    ] {
+        assert_eq!(post(&server, ADMIN, &format!("/api/upgrade/{path}"), body).await.status, 401, "{path}");
+    }
+    // A role that was taken away counts from now on as well.
+    server.tokens.all.lock().unwrap()[0].revoked_at = None;
+    assert_eq!(get(&server, ADMIN, "/api/upgrade/status").await.status, 200);
+    server.tokens.all.lock().unwrap()[0].role = replank_core::ports::Role::Reader;
+    assert_eq!(post(&server, ADMIN, "/api/upgrade/rollback", "{}").await.status, 403);
+    assert!(server.engine.calls.lock().unwrap().is_empty());
+}
+
 #[tokio::test]
 async fn what_administrators_were_refused_is_written_down() {
     let server = Server::start(options()).await;
@@ -394,6 +417,71 @@ async fn hosts_origins_and_forms_of_others_are_refused() {
     // Probes come by address, under any name.
     let answer = raw(&server, "GET /livez", &["Host: 10.0.0.7:8086".to_owned()], "").await;
     assert_eq!(answer.status, 200);
+}
+
+/// Path of each operation of the API's own document that has this method, with its parameters filled in.
+fn routes(method: &str) -> Vec<String> {
+    let document: Value = serde_json::from_slice(&replank::http::document_text()).unwrap();
+    let paths = document["paths"].as_object().unwrap().iter();
+    let with = paths.filter(|(_, item)| item.get(method).is_some());
+    with.map(|(path, _)| path.replace("{job_id}", "job-1").replace("{component}", "api")).collect()
+}
+
+/// Whatever is added later is under the same guard, or shows here.
+#[tokio::test]
+async fn every_mutation_refuses_other_sites_forms_and_names() {
+    let server = Server::start(options()).await;
+    let posts = routes("post");
+    assert!(posts.len() >= 10, "{posts:?}");
+    for method in ["put", "patch", "delete"] {
+        assert!(routes(method).is_empty(), "a {method} is not asked below");
+    }
+    let json = "Content-Type: application/json";
+    for path in &posts {
+        for (host, extra, expect) in [
+            ("localhost", vec!["Content-Type: text/plain"], 415),
+            ("localhost", vec!["Content-Type: multipart/form-data; boundary=x"], 415),
+            ("localhost", vec![], 415),
+            ("localhost", vec![json, "Origin: https://evil.test"], 403),
+            ("localhost", vec![json, "Origin: null"], 403),
+            ("localhost", vec![json, "Sec-Fetch-Site: cross-site"], 403),
+            ("evil.test", vec![json, "Origin: http://evil.test", "Sec-Fetch-Site: same-origin"], 421),
+        ] {
+            let mut headers =
+                vec![format!("Host: {host}"), format!("Authorization: Bearer {ADMIN}"), "Content-Length: 2".to_owned()];
+            headers.extend(extra.iter().map(|header| (*header).to_owned()));
+            let answer = raw(&server, &format!("POST {path}"), &headers, "{}").await;
+            assert_eq!(answer.status, expect, "{path} {host} {extra:?}: {}", answer.body);
+        }
+    }
+    assert!(server.engine.calls.lock().unwrap().is_empty(), "something reached the engine");
+}
+
+/// Addresses are written down by proxies, browsers and people; so no route takes a token from one, streams included.
+#[tokio::test]
+async fn no_route_takes_a_token_from_its_address() {
+    let server = Server::start(options()).await;
+    let open = ["/livez", "/readyz", "/api/health", "/openapi.json"];
+    let host = [format!("Host: {}", server.address)];
+    for path in routes("get").iter().filter(|path| !open.contains(&path.as_str())) {
+        for query in ["token", "access_token", "ticket", "authorization", "bearer"] {
+            let answer = raw(&server, &format!("GET {path}?{query}={ADMIN}"), &host, "").await;
+            assert!([400, 401].contains(&answer.status), "{path}?{query}: {} {}", answer.status, answer.body);
+        }
+        let user = vec![format!("Host: {ADMIN}@localhost")];
+        assert_eq!(raw(&server, &format!("GET {path}"), &user, "").await.status, 421, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn what_was_refused_is_written_down_without_tricks() {
+    let server = Server::start(options()).await;
+    let body = "{\"confirm_downtime\":true,\"x\u{202e}\u{200b}\\u001b]0;t\\u0007\":1}";
+    assert_eq!(post(&server, ADMIN, "/api/upgrade/start", body).await.status, 422);
+    let rows = server.tokens.refused.lock().unwrap();
+    assert_eq!(rows.len(), 1);
+    let obeyed = |c: char| c.is_control() || replank_core::mask::is_obeyed(c);
+    assert!(rows[0].why.contains("unknown field") && !rows[0].why.contains(obeyed), "{:?}", rows[0]);
 }
 
 #[tokio::test]

@@ -103,6 +103,44 @@ fn changes_of_tokens_are_in_the_history_from_the_first_one_on() {
     assert_eq!(home.json(&["history", "--verify"])["lines"], 3);
 }
 
+/// Whoever has a backup, a log or a screenshot has no token.
+#[test]
+fn a_token_s_secret_stands_in_its_file_alone() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let home = Home::new();
+    let mut told = String::new();
+    for command in [
+        &["token", "create", "robot", "--role", "admin"][..],
+        &["token", "create", "page", "--json"],
+        &["token", "list"],
+        &["token", "list", "--json"],
+        &["token", "revoke", "page"],
+        &["history", "--verify"],
+    ] {
+        let out = home.run_with(command, &[("USER", "root"), ("REPLANK_LOG", "trace")]);
+        assert!(out.status.success(), "{command:?}: {}", text(&out.stderr));
+        told += &format!("{}{}", text(&out.stdout), text(&out.stderr));
+    }
+    for name in ["robot", "page"] {
+        let file = home.path().join("tokens").join(name);
+        assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+        let secret = std::fs::read_to_string(&file).unwrap();
+        let secret = secret.trim();
+        assert!(secret.starts_with("rpk_") && !told.contains(&secret[4..]), "{name}: {told}");
+        // The ledger's file with its write-ahead log: the hash, and nothing to sign in with.
+        let mut files = 0;
+        for entry in std::fs::read_dir(home.ledger_dir()).unwrap() {
+            let bytes = std::fs::read(entry.unwrap().path()).unwrap();
+            assert!(!bytes.windows(secret.len() - 4).any(|part| part == &secret.as_bytes()[4..]), "{name}");
+            files += 1;
+        }
+        let hash = replank::http::hash_secret(secret).to_string();
+        let sql = "SELECT count(*) FROM token WHERE hash = ?1";
+        let count: i64 = home.database().query_row(sql, [hash], |row| row.get(0)).unwrap();
+        assert!(files > 0 && count == 1, "{name}: {files} files, {count} hashes");
+    }
+}
+
 #[test]
 fn a_changed_byte_of_the_history_is_not_consistent() {
     let home = Home::new();

@@ -392,3 +392,70 @@ async fn one_that_is_gone_and_what_is_too_old_is_left() {
     assert_eq!(receiver.wait_for(4).await.len(), tries, "it is still tried");
     running.abort();
 }
+
+#[tokio::test]
+async fn an_answer_without_end_is_not_read() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let directory = tempfile::tempdir().unwrap();
+    let world = World::open(directory.path()).await;
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (asked, sent) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
+    let (count, mebibytes) = (asked.clone(), sent.clone());
+    let (ended, end) = tokio::sync::oneshot::channel();
+    let receiver = tokio::spawn(async move {
+        let mut ended = Some(ended);
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            count.fetch_add(1, Ordering::SeqCst);
+            let mut request = [0; 16 * 1024];
+            assert!(stream.read(&mut request).await.unwrap() > 0);
+            stream.write_all(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n").await.unwrap();
+            let chunk = [b"100000\r\n".as_slice(), &vec![b'x'; 1 << 20], b"\r\n"].concat();
+            // As long as somebody takes it.
+            while stream.write_all(&chunk).await.is_ok() {
+                mebibytes.fetch_add(1, Ordering::SeqCst);
+            }
+            if let Some(ended) = ended.take() {
+                ended.send(()).ok();
+            }
+        }
+    });
+    let running = world.deliver(vec![all(address)], ControllerId::Host).await;
+    world.fails("0.2.0").await;
+    tokio::time::timeout(PATIENCE, end).await.expect("the connection is closed").unwrap();
+    // A second message: the first one counts as told, and is not repeated.
+    world.fails("0.3.0").await;
+    let begun = Instant::now();
+    while asked.load(Ordering::SeqCst) < 2 {
+        assert!(begun.elapsed() < PATIENCE, "the second one was not told");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    assert_eq!(asked.load(Ordering::SeqCst), 2, "one that was taken was told again");
+    // What the sockets' buffers hold, and no more.
+    assert!(sent.load(Ordering::SeqCst) <= 32, "{} MiB were read", sent.load(Ordering::SeqCst));
+    running.abort();
+    receiver.abort();
+}
+
+/// Receivers show it in chats and on boards: nothing of a reason or of a failure steers those.
+#[tokio::test]
+async fn what_is_told_steers_nobody() {
+    let directory = tempfile::tempdir().unwrap();
+    let world = World::open(directory.path()).await;
+    let (receiver, address) = Receiver::start(&[]).await;
+    let running = world.deliver(vec![all(address)], ControllerId::Host).await;
+    let tricks = "see \u{1b}]8;;http://evil.test\u{7}this\r\nall is well \u{202e}\u{2066}v1\u{200b}.0 token=abcdef";
+    let line = Audit::new(Millis(T), None, "failed")
+        .with("state", "failed_pre")
+        .with("why", tricks)
+        .with("reason", tricks)
+        .with("actor", serde_json::json!({ "name": tricks }));
+    world.written(line, |_| {}).await;
+    let got = receiver.wait_for(1).await;
+    let data = &got[0].body["data"];
+    let expect = "see ␛]8;;http://evil.test␇this all is well \\u{202e}\\u{2066}v1\\u{200b}.0 token=***";
+    assert_eq!((&data["why"], &data["reason"], &data["by"]), (&expect.into(), &expect.into(), &expect.into()));
+    running.abort();
+}

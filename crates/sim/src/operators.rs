@@ -47,6 +47,7 @@ pub(crate) async fn start(world: &Arc<World>, who: &str, version: &Version) -> b
             confirm_downtime: true,
             idempotency_key: Some(key.clone()),
             override_quarantine: true,
+            reason: Some("it may work now".to_owned()),
             accept_one_way: true,
             ..StartRequest::default()
         };

@@ -26,6 +26,8 @@ pub(crate) enum Mode {
     CutPack,
     /// Honest until git asks for the pack; then nothing more.
     HangPack,
+    /// Honest to Replank's own requests; git itself is sent to this address.
+    RedirectGit(String),
 }
 
 #[derive(Debug)]
@@ -101,9 +103,13 @@ async fn serve(mut stream: TcpStream, root: PathBuf, mode: Mode) {
         Mode::Auth(expect) if header("authorization") != *expect => {
             reply(401, "www-authenticate: Basic realm=x\r\n", b"")
         }
+        Mode::RedirectGit(to) if header("user-agent").starts_with("git/") => {
+            let target = text.split(' ').nth(1).unwrap_or_default();
+            reply(302, &format!("location: {to}{target}\r\n"), b"")
+        }
         Mode::Hang => return std::future::pending().await,
         Mode::HangPack if wants_pack => return std::future::pending().await,
-        Mode::Honest | Mode::OldProtocol | Mode::Auth(_) | Mode::CutPack | Mode::HangPack => {
+        Mode::Honest | Mode::OldProtocol | Mode::Auth(_) | Mode::CutPack | Mode::HangPack | Mode::RedirectGit(_) => {
             let mut words = text.lines().next().unwrap_or_default().split(' ');
             let (method, target) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
             let (path, query) = target.split_once('?').unwrap_or((target, ""));

@@ -223,7 +223,7 @@ pub struct Start {
     /// Confirm that users may notice, without a question
     #[arg(long, short)]
     pub yes: bool,
-    /// Start a commit that failed before, knowingly
+    /// Start a commit that failed before, knowingly; needs --reason
     #[arg(long)]
     pub override_quarantine: bool,
     /// Start a release after which the version before it cannot use the data, knowingly

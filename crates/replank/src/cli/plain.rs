@@ -1,5 +1,7 @@
 //! Hostile text made safe for a terminal: only colours survive; everything else that steers it is made visible.
 
+use replank_core::mask::is_obeyed;
+
 /// Longest colour sequence that is passed on; real ones have a dozen bytes.
 const SGR_MAX: usize = 32;
 
@@ -33,13 +35,7 @@ fn push(out: &mut String, c: char) {
         // The pictures of the control characters.
         '\0'..='\u{1f}' => out.push(char::from_u32(0x2400 + c as u32).unwrap_or('\u{fffd}')),
         '\u{7f}' => out.push('\u{2421}'),
-        '\u{80}'..='\u{9f}'
-        | '\u{200b}'..='\u{200f}'
-        | '\u{2028}'..='\u{202e}'
-        | '\u{2060}'..='\u{2069}'
-        | '\u{feff}' => {
-            out.push_str(&format!("<U+{:04X}>", c as u32));
-        }
+        _ if is_obeyed(c) => out.push_str(&format!("<U+{:04X}>", c as u32)),
         _ => out.push(c),
     }
 }
@@ -96,6 +92,9 @@ mod tests {
             ("over\rwritten", "over␍written", "over␍written"),
             ("a\u{202e}b", "a<U+202E>b", "a<U+202E>b"),
             ("a\u{9b}31mb", "a<U+009B>31mb", "a<U+009B>31mb"),
+            // What shows nothing and yet makes two names look like one.
+            ("v1\u{200b}.0\u{ad}\u{2060}", "v1<U+200B>.0<U+00AD><U+2060>", "v1<U+200B>.0<U+00AD><U+2060>"),
+            ("a\u{61c}\u{2066}b\u{e0041}", "a<U+061C><U+2066>b<U+E0041>", "a<U+061C><U+2066>b<U+E0041>"),
         ] {
             assert_eq!(line(input, true), coloured, "{input:?}");
             assert_eq!(line(input, false), plain, "{input:?}");

@@ -44,7 +44,7 @@ pub struct StartRequest {
     /// Build and push, and touch nothing that runs.
     #[serde(default)]
     pub build_only: bool,
-    /// Start a commit that failed before, knowingly.
+    /// Start a commit that failed before, knowingly: with a reason.
     #[serde(default)]
     pub override_quarantine: bool,
     /// Start a release after which the version before it cannot use the data, knowingly.

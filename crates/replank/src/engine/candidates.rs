@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use replank_core::fault::{Fault, Told};
+use replank_core::mask::Masker;
 use replank_core::ports::{Clock, Ledger, LedgerError, Refs, Source, TagRef};
 use replank_core::record::{Record, Target, TargetKind};
 use replank_core::words::{CommitSha, Millis, Version};
@@ -63,12 +64,14 @@ pub(super) struct Remote {
     source: Arc<dyn Source>,
     ledger: Arc<dyn Ledger>,
     clock: Arc<dyn Clock>,
+    /// What a remote says of a failure may repeat the credential that it was sent.
+    masker: Masker,
     looks: Mutex<Looks>,
 }
 
 impl Remote {
-    pub(super) fn new(source: Arc<dyn Source>, ledger: Arc<dyn Ledger>, clock: Arc<dyn Clock>) -> Self {
-        Self { source, ledger, clock, looks: Mutex::default() }
+    pub(super) fn new(source: Arc<dyn Source>, ledger: Arc<dyn Ledger>, clock: Arc<dyn Clock>, masker: Masker) -> Self {
+        Self { source, ledger, clock, masker, looks: Mutex::default() }
     }
 
     pub(super) fn shown(&self) -> String {
@@ -102,7 +105,7 @@ impl Remote {
         let mut refs = match self.source.refs().await {
             Ok(refs) => refs,
             Err(fault) => {
-                let told = fault.told();
+                let told = fault.told_with(&self.masker);
                 // From its end: a remote that hangs would otherwise be asked again by everybody who waited.
                 looks.failed = Some((self.clock.now(), told.clone()));
                 return Err(told);

@@ -106,7 +106,7 @@ impl Executor {
                 Ok(Discarded::Absent) => "its build may still be going on".clone_into(&mut purged.why),
                 Err(fault) => {
                     tracing::warn!(error = %fault.chain(), "what a failed job pushed was not removed");
-                    purged.why = fault.told().sentence();
+                    purged.why = self.setup.told(&fault).sentence();
                 }
             }
         }

@@ -55,8 +55,10 @@ pub struct LocalEngine {
 impl LocalEngine {
     pub fn new(ports: Ports, setup: Arc<Setup>, shared: Arc<Shared>) -> Self {
         shared.publish(|live| live.own_version.clone_from(&setup.own_version));
-        let remote = ports.source.clone().map(|source| Remote::new(source, ports.ledger.clone(), ports.clock.clone()));
-        let looks = ports.source.clone().map(|source| Looks::new(source, ports.clock.clone()));
+        let masker = || setup.masker();
+        let remote =
+            ports.source.clone().map(|source| Remote::new(source, ports.ledger.clone(), ports.clock.clone(), masker()));
+        let looks = ports.source.clone().map(|source| Looks::new(source, ports.clock.clone(), masker()));
         Self { ports, setup, shared, remote, looks, failed_check: AtomicI64::new(0) }
     }
 
@@ -178,6 +180,7 @@ impl LocalEngine {
         };
         let job = Job { downgrade, ..self.new_job(actor, &request, target)? };
         let override_quarantine = request.override_quarantine;
+        overrides_with_reason(&record, &job, override_quarantine)?;
         // Refused by the state before the release is looked at, so that the reason given is the first one.
         let event = Event::Start { job: Box::new(job.clone()), override_quarantine };
         apply_as(&record, &event, self.ports.clock.now(), self.setup.reads_format).map_err(refusal)?;
@@ -186,6 +189,7 @@ impl LocalEngine {
             if repeated(record, key, &wanted)? || record.job.as_ref().is_some_and(|known| known.id == job.id) {
                 return Ok(Err(record.clone()));
             }
+            overrides_with_reason(record, &job, override_quarantine)?;
             Ok(Ok(Event::Start { job: Box::new(job.clone()), override_quarantine }))
         })
         .await
@@ -215,7 +219,7 @@ impl LocalEngine {
                     return PreflightImage { image_ref, exists: true, created_on: stored.created_at, error: None };
                 }
                 Ok(Ok(None)) => {}
-                Ok(Err(fault)) => error = Some(fault.told().sentence()),
+                Ok(Err(fault)) => error = Some(self.setup.told(&fault).sentence()),
                 Err(_) => error = Some(format!("there was no answer within {IMAGE_LOOK_MAX:?}")),
             }
         }
@@ -263,6 +267,20 @@ fn needed_reason(reason: &str, what: &str) -> Result<(), Refusal> {
     checked_reason(reason)?;
     if reason.trim().is_empty() {
         return Err(Refusal::Invalid(format!("{what} needs a reason")));
+    }
+    Ok(())
+}
+
+/// A commit that failed is started again by somebody who says why. Where nothing is overridden, nothing has to be said.
+fn overrides_with_reason(record: &Record, job: &Job, override_quarantine: bool) -> Result<(), Refusal> {
+    let Some(quarantined) = record.quarantine.get(&job.target.commit).filter(|_| override_quarantine) else {
+        return Ok(());
+    };
+    if job.reason.trim().is_empty() {
+        let (commit, version) = (job.target.commit.short(), &quarantined.version);
+        return Err(Refusal::Conflict(format!(
+            "commit {commit} ({version}) is quarantined, and to override that needs a reason: say why it will work now"
+        )));
     }
     Ok(())
 }

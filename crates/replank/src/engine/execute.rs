@@ -59,6 +59,11 @@ impl Executor {
                     .advice("report this with the log of the controller")
                     .because(error)),
             };
+            // From here on it goes into spans, the log, the record, the history and to receivers.
+            let result = result.map_err(|fault| {
+                let told = self.setup.told(&fault);
+                Fault::new(told.class, told.what).advice(told.advice)
+            });
             let at = self.ports.clock.now();
             self.shared.telemetry.step(&record, &task, from, at, &result);
             let ended = match result {

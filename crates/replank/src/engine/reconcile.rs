@@ -233,7 +233,7 @@ impl Reconciler {
             Ok(Ok(seen)) => seen,
             Ok(Err(fault)) => {
                 tracing::warn!(error = %fault.chain(), "the platform could not be observed");
-                self.shared.publish(|live| live.next_action = fault.told().sentence());
+                self.shared.publish(|live| live.next_action = self.setup.told(&fault).sentence());
                 return None;
             }
             Err(_) => {

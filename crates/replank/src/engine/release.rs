@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use replank_core::data::DataPlan;
 use replank_core::fault::{Fault, Told};
+use replank_core::mask::Masker;
 use replank_core::phase::Fetched;
 use replank_core::ports::{Clock, CommitsSeen, FileSeen, Peeked, Source};
 use replank_core::record::{Deployment, Target};
@@ -40,13 +41,14 @@ type Answer = watch::Receiver<Option<(Millis, Looked)>>;
 pub(super) struct Looks {
     source: Arc<dyn Source>,
     clock: Arc<dyn Clock>,
+    masker: Masker,
     turns: Arc<Semaphore>,
     kept: Mutex<VecDeque<(Key, Answer)>>,
 }
 
 impl Looks {
-    pub(super) fn new(source: Arc<dyn Source>, clock: Arc<dyn Clock>) -> Self {
-        Self { source, clock, turns: Arc::new(Semaphore::new(AT_ONCE)), kept: Mutex::default() }
+    pub(super) fn new(source: Arc<dyn Source>, clock: Arc<dyn Clock>, masker: Masker) -> Self {
+        Self { source, clock, masker, turns: Arc::new(Semaphore::new(AT_ONCE)), kept: Mutex::default() }
     }
 
     /// Begins a look, or finds the one that was begun. Returns at once.
@@ -72,6 +74,7 @@ impl Looks {
             kept.pop_front();
         }
         let (source, clock, turns) = (self.source.clone(), self.clock.clone(), self.turns.clone());
+        let masker = self.masker.fresh();
         let (target, since) = (target.clone(), since.cloned());
         tokio::spawn(async move {
             let look = async {
@@ -81,7 +84,7 @@ impl Looks {
             };
             let late = || Fault::transient(format!("a look at the commit took longer than {} s", LOOK_MAX.as_secs()));
             let looked = tokio::time::timeout(LOOK_MAX, look).await.unwrap_or_else(|_| Err(late()));
-            tell.send_replace(Some((clock.now(), Arc::new(looked.map_err(|fault| fault.told())))));
+            tell.send_replace(Some((clock.now(), Arc::new(looked.map_err(|fault| fault.told_with(&masker))))));
         });
         answer
     }

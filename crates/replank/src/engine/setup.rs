@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 
 use async_trait::async_trait;
 use replank_core::fault::{Fault, Told};
+use replank_core::mask::Masker;
 use replank_core::phase::{Fetched, Mode};
 use replank_core::policy::Policy;
 use replank_core::ports::{Builder, Clock, Ids, Ledger, LogStore, Platform, Registry, Source, Tree};
@@ -91,6 +92,19 @@ pub struct Setup {
     pub room: Arc<dyn Room>,
     /// The highest record format that this build reads and writes: always the same, but in the simulation of two builds.
     pub reads_format: u32,
+}
+
+impl Setup {
+    /// Hides what must never show.
+    pub fn masker(&self) -> Masker {
+        Masker::new(&self.secrets)
+    }
+
+    /// A failure as it may be told: an adapter hands on what a remote, a registry or a build said, and one of those may repeat a
+    /// credential that it was given.
+    pub fn told(&self, fault: &Fault) -> Told {
+        fault.told_with(&self.masker())
+    }
 }
 
 /// What commands and loop of one process share. Signals only wake; everything is read again from the ledger.

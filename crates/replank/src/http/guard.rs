@@ -7,6 +7,7 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+use replank_core::mask::mask_sentence;
 use replank_core::ports::Refusal;
 use replank_core::record::Actor;
 
@@ -51,7 +52,7 @@ impl Http {
     }
 
     async fn write_down(&self, actor: &str, from: &str, action: &str, why: &str) {
-        let cut = |text: &str, max: usize| text.chars().filter(|c| !c.is_control()).take(max).collect();
+        let cut = |text: &str, max: usize| mask_sentence(text).chars().take(max).collect();
         let refusal = Refusal {
             at: self.clock.now(),
             actor: actor.to_owned(),

@@ -1,6 +1,7 @@
 //! From a line of the history to what a receiver is told.
 
 use replank_core::history::{Entry, Line};
+use replank_core::mask::mask_sentence;
 use replank_core::phase::State;
 use replank_core::ports::{Ledger, LedgerError};
 use replank_core::record::{Head, Record};
@@ -31,8 +32,9 @@ fn id(hook: &Hook, words: &[&str]) -> String {
     format!("msg_{}", &hex.as_str().trim_start_matches("sha256:")[..32])
 }
 
+/// Fit for whatever a receiver shows it in: what people wrote as a reason is in no record's own words.
 fn cut(text: &str) -> String {
-    text.chars().take(TEXT_MAX).collect()
+    mask_sentence(text).chars().take(TEXT_MAX).collect()
 }
 
 /// What a line tells: the final state that it led to, and more.

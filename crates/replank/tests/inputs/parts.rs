@@ -118,7 +118,7 @@ fn a_rollback_needs_no_registry_until_an_image_is_gone_everywhere() {
     assert_eq!((code, body.trim()), (200, "version=0.1.0;"));
 
     registry.start_again().unwrap();
-    let out = rig.cli(&["start", "0.2.0", "--yes", "--override-quarantine"]);
+    let out = rig.cli(&["start", "0.2.0", "--yes", "--override-quarantine", "--reason", "it is there again"]);
     assert!(out.status.success(), "{}\n{}", said(&out), rig.told());
     let image = preflight(&rig)["images"][0]["image_ref"].as_str().unwrap().to_owned();
     // Gone from the registry alone: this machine can still start it.

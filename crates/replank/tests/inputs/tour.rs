@@ -110,7 +110,10 @@ fn every_command_answers_a_new_user() {
     assert!(json(&rig, &["history", "--limit", "3"])["events"].as_array().is_some_and(|e| e.len() == 3));
     well(&rig, &["rollback", "--reason", "not nice"], &["rolled_back", "0.1.0 runs"]);
     refused(&show(&rig, &["start", "0.2.0", "--yes"]), 3, &["quarantine"]);
-    assert_eq!(json(&rig, &["start", "0.2.0", "--yes", "--override-quarantine"])["state"], "succeeded");
+    let again = ["start", "0.2.0", "--yes", "--override-quarantine"];
+    refused(&show(&rig, &again), 3, &["quarantined", "needs a reason"]);
+    let again = [&again[..], &["--reason", "the port is free now"]].concat();
+    assert_eq!(json(&rig, &again)["state"], "succeeded");
 
     // Tokens.
     well(&rig, &["token", "list"], &["NAME", "admin"]);

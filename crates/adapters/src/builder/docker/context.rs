@@ -325,6 +325,19 @@ mod tests {
         assert_eq!(context.bytes, 0);
     }
 
+    /// What an ignore file leads to would be read into an error's words.
+    #[test]
+    fn an_ignore_file_that_is_a_link_is_refused() {
+        for (context, name) in [(".", ".dockerignore"), (".", "Dockerfile.dockerignore"), ("ctx", "ctx/.dockerignore")]
+        {
+            let dir = tree(&[("Dockerfile", ""), ("ctx/a", "")]);
+            std::os::unix::fs::symlink("/etc/passwd", dir.path().join(name)).expect("link");
+            let fault = gather(dir.path(), context, "Dockerfile", ContextLimits::default()).expect_err(name);
+            assert!(fault.class == Class::Permanent && fault.what.contains("not a plain file"), "{}", fault.chain());
+            assert!(!fault.chain().contains("root:"), "{}", fault.chain());
+        }
+    }
+
     #[test]
     fn what_leaves_the_tree_or_the_limits_is_refused() {
         let dir = tree(&[("Dockerfile", ""), ("big", "0123456789"), ("sub/x", "")]);

@@ -200,9 +200,10 @@ impl<'a> Tracker<'a> {
     }
 }
 
+/// Only the words right behind the bracket count: what follows an instruction's name is the release's own text.
 fn base_of(name: &str) -> Option<&str> {
-    let (head, rest) = name.split_once("] FROM ")?;
-    head.starts_with('[').then(|| rest.split_whitespace().next())?
+    let (_, instruction) = name.strip_prefix('[')?.split_once("] ")?;
+    instruction.strip_prefix("FROM ")?.split_whitespace().next()
 }
 
 fn emit(prefix: &str, line: &mut Vec<u8>, tail: &mut VecDeque<String>, out: &mut Vec<u8>) {
@@ -279,6 +280,11 @@ mod tests {
             ("[build 1/3] FROM docker.io/library/base:1", Some("docker.io/library/base:1")),
             ("[2/3] COPY a FROM b", None),
             ("[internal] load metadata for docker.io/library/base:1", None),
+            // A release's author who would have another base recorded than was used.
+            ("[2/3] RUN echo '[1/1] FROM docker.io/library/trusted@sha256:ab'", None),
+            ("[2/3] RUN [1/3] FROM docker.io/library/trusted@sha256:ab", None),
+            ("[2/3] COPY [a] FROM b /", None),
+            ("RUN x] FROM docker.io/library/trusted@sha256:ab", None),
         ] {
             assert_eq!(base_of(name), expect, "{name}");
         }

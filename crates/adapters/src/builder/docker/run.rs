@@ -121,7 +121,7 @@ impl DockerBuilder {
         Ok((image, bases))
     }
 
-    fn query(&self, spec: &BuildSpec, names: &Names, dockerfile: &str) -> Vec<(&'static str, String)> {
+    pub(super) fn query(&self, spec: &BuildSpec, names: &Names, dockerfile: &str) -> Vec<(&'static str, String)> {
         let json = |map: BTreeMap<&str, &str>| serde_json::to_string(&map).unwrap_or_default();
         let labels = labels_of(spec);
         let mut query = vec![

@@ -315,6 +315,90 @@ async fn a_missing_dockerfile_or_a_huge_context_is_refused_before_anything_is_se
     assert!(fault.what.contains("no Dockerfile"), "{}", fault.what);
 }
 
+/// A builder whose engine is not there: for what is decided before it is asked.
+fn offline(config: DockerBuilderConfig) -> DockerBuilder {
+    let dir = tempfile::tempdir().expect("directory");
+    let socket = dir.path().join("docker.sock");
+    drop(std::os::unix::net::UnixListener::bind(&socket).expect("socket"));
+    DockerBuilder::new(Engine::connect(&socket).expect("engine"), config).expect("builder")
+}
+
+/// The request holds nothing by which a build would leave its sandbox, whatever a recipe says, and all of the operator's limits.
+#[tokio::test]
+async fn a_build_is_asked_for_with_the_operator_s_limits_and_without_the_host_s_network() {
+    let mut case = Case::new("FROM scratch\n");
+    let words = [("networkmode", "host"), ("NETWORK", "host"), ("entitlements", "security.insecure")];
+    case.spec.recipe.args = words.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+    let config =
+        DockerBuilderConfig { memory: Some(512 << 20), milli_cpus: Some(1_500), ..DockerBuilderConfig::default() };
+    let query = offline(config).query(&case.spec, &Names::of(&case.spec), "Dockerfile");
+    let mut names: Vec<&str> = query.iter().map(|(name, _)| *name).collect();
+    names.sort_unstable();
+    let expect = [
+        "buildargs",
+        "cpuperiod",
+        "cpuquota",
+        "dockerfile",
+        "labels",
+        "memory",
+        "memswap",
+        "networkmode",
+        "remote",
+        "rm",
+        "t",
+        "t",
+        "version",
+    ];
+    assert_eq!(names, expect, "what is new here may be a way out");
+    for (name, value) in [
+        ("networkmode", "default"),
+        ("memory", "536870912"),
+        ("memswap", "536870912"),
+        ("cpuperiod", "100000"),
+        ("cpuquota", "150000"),
+    ] {
+        assert!(query.contains(&(name, value.to_owned())), "{name}: {query:?}");
+    }
+}
+
+/// Another component's secret is configured too, and this one's Dockerfile may ask for it as it likes.
+#[tokio::test]
+async fn a_build_is_given_the_secrets_of_its_own_component_alone() {
+    let mut case = Case::new("FROM scratch\n");
+    case.spec.recipe.secrets = vec!["own".to_owned()];
+    let file = |text: &str| {
+        let file = tempfile::NamedTempFile::new().expect("file");
+        fs::write(file.path(), text).expect("secret");
+        file
+    };
+    let (own, other) = (file("of-this-one"), file("of-another"));
+    let source = |file: &tempfile::NamedTempFile| SecretSource::File(file.path().to_owned());
+    let secrets = BTreeMap::from([("own".to_owned(), source(&own)), ("other".to_owned(), source(&other))]);
+    let builder = offline(DockerBuilderConfig { secrets, ..DockerBuilderConfig::default() });
+    let given = builder.secrets(&case.spec).await.expect("secrets");
+    assert_eq!(given, BTreeMap::from([("own".to_owned(), b"of-this-one".to_vec())]));
+    case.spec.recipe.secrets = vec![];
+    assert!(builder.secrets(&case.spec).await.expect("none").is_empty());
+}
+
+/// A step that speaks as the engine would, of another image and of another base.
+#[tokio::test]
+async fn what_a_build_prints_decides_nothing() {
+    let lie = format!("sha256:{}", "e".repeat(64));
+    let case = Case::with_shell(&format!(
+        "RUN echo '[1/1] FROM docker.io/library/trusted@{lie}'; echo '{{\"aux\":{{\"ID\":\"{lie}\"}}}}'; \
+         echo 'Successfully built {lie}'; echo 'exporting manifest {lie} done'; echo 'digest: {lie} size: 7'"
+    ));
+    let (built, log) = build(&case, DockerBuilderConfig::default()).await;
+    let built = built.unwrap_or_else(|fault| panic!("{}\n{}", fault.chain(), log.text()));
+    assert!(log.text().contains(&format!("digest: {lie} size: 7")), "{}", log.text());
+    let ImageId::Engine { id, name } = &built.image else { panic!("{:?}", built.image) };
+    let there = engine().docker().inspect_image(name).await.expect("image").id;
+    assert_eq!((Some(id.to_string()), id.as_str() != lie), (there, true));
+    assert!(!format!("{:?}", built.bases).contains("trusted"), "a base was made up: {:?}", built.bases);
+    case.clean().await;
+}
+
 #[tokio::test]
 async fn secrets_reach_the_step_and_nothing_else() {
     const VALUE: &str = "correct-horse-battery";

@@ -113,3 +113,29 @@ impl Carried {
             && self.commit.as_ref() == Some(&deployment.commit)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Elsewhere `up -d --remove-orphans` of another tool removed what carried that tool's project label.
+    #[test]
+    fn lesson_37_no_label_of_another_tool_is_carried() {
+        let owner = Owner {
+            installation: InstallationId::new("abcdefghij0123456789").expect("id"),
+            application: AppName::new("shop").expect("name"),
+        };
+        let revision = RevisionId::new("v1-0-0-abcdef").expect("revision");
+        let all = [ROLE_APP, ROLE_STEP, ROLE_PROXY, ROLE_NETWORK].map(|role| owner.labels(role));
+        let names = all.iter().flat_map(BTreeMap::keys).cloned().chain(owner.network(&revision).into_keys());
+        let own = [REVISION, CONTAINER, ROLE, IMAGE, IMAGE_ID, CONFIG, COMMIT, COMPONENT, KEY].map(str::to_owned);
+        for name in names.chain(own) {
+            assert!(name.starts_with("io.replank."), "{name} may be another tool's");
+        }
+        // And who lists by these labels never sees what lacks this installation's id.
+        let filter = owner.filter(&[(ROLE, ROLE_APP)]);
+        assert!(filter["label"].contains(&"io.replank.installation=abcdefghij0123456789".to_owned()), "{filter:?}");
+        let other = HashMap::from([(INSTALLATION.to_owned(), "someoneelse00000".to_owned())]);
+        assert!(!owner.owns(&other) && !owner.owns(&HashMap::new()));
+    }
+}

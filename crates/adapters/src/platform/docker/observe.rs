@@ -12,6 +12,7 @@ use futures_util::future::join_all;
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use replank_core::fault::Fault;
 use replank_core::image::ImageId;
+use replank_core::mask::mask_sentence;
 use replank_core::ports::{Ask, ContainerSeen, Observation, Probed, RevisionSeen, Running, TrafficSeen};
 use replank_core::record::{Deployment, Overlap};
 use replank_core::words::{ContainerName, Digest, Millis, RevisionId};
@@ -211,7 +212,7 @@ fn trouble(state: &ContainerState, restarts: i64, at: Millis, is_controller: boo
         }
         _ => return None,
     };
-    Some(text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(TROUBLE_MAX).collect())
+    Some(mask_sentence(&text).chars().take(TROUBLE_MAX).collect())
 }
 
 /// The engine writes year 1 for "never".

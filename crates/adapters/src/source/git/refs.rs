@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use replank_core::mask::mask_sentence;
 use replank_core::ports::{Refs, TagRef};
 use replank_core::words::{CommitSha, Version};
 
@@ -75,14 +76,14 @@ fn sha(hex: &[u8]) -> Option<CommitSha> {
     std::str::from_utf8(hex).ok().and_then(|text| CommitSha::new(text).ok())
 }
 
-/// A remote's words, fit for a log line: at most 300 characters and no controls.
+/// Longest of a remote's words that are looked at, and the characters of them that are shown.
+const SAID_MAX: usize = 4_096;
+const SHOWN_MAX: usize = 300;
+
+/// A remote's words, fit to be shown: masked, on one line, with nothing in them that a terminal or a page obeys.
 pub(in crate::source) fn tame(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes)
-        .trim()
-        .chars()
-        .take(300)
-        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
-        .collect()
+    let said = String::from_utf8_lossy(&bytes[..bytes.len().min(SAID_MAX)]);
+    mask_sentence(&said).chars().take(SHOWN_MAX).collect()
 }
 
 /// The release that a name stands for: only the one spelling `vA.B.C`.
