@@ -367,11 +367,8 @@ async fn a_rollback_to_a_controller_that_could_not_read_the_record_is_refused_in
         record.phase = Phase::Succeeded { built_only: None };
         let back = &mut record.snapshot.as_mut().unwrap().deployment;
         back.reads_format = Some(BEHIND);
-        let container = ContainerPlan {
-            component: support::name("api"),
-            overlap: Overlap::Allowed,
-            controller: has_controller,
-        };
+        let container =
+            ContainerPlan { component: support::name("api"), overlap: Overlap::Allowed, controller: has_controller };
         back.plan.containers.insert(replank_core::words::ContainerName::new("upgrade").unwrap(), container);
         let world = World::new(record, Has, None).await;
         let preflight = world.engine.preflight().await.unwrap();
