@@ -78,7 +78,7 @@ pub fn of(recorded: &Deployment, seen: &Observation) -> Vec<String> {
 }
 
 fn on_a_line(text: &str) -> String {
-    mask_sentence(text).chars().take(SENTENCE_MAX).collect()
+    mask_sentence(text, SENTENCE_MAX)
 }
 
 /// One difference for as long as it is seen, look after look: what passes by itself is none.

@@ -377,12 +377,12 @@ pub fn mask_text_with(masker: &Masker, text: &str) -> String {
 }
 
 /// Masks a sentence that is stored or told to others: an error, a reason, what a remote or a container said. On one line and
-/// without colours, since nobody knows where it will be shown.
-pub fn mask_sentence(text: &str) -> String {
-    mask_sentence_with(&Masker::new(&[]), text)
+/// without colours, since nobody knows where it will be shown. At most `max` characters.
+pub fn mask_sentence(text: &str, max: usize) -> String {
+    mask_sentence_with(&Masker::new(&[]), text).chars().take(max).collect()
 }
 
-/// The same with known values.
+/// The same with known values, and whole.
 pub fn mask_sentence_with(masker: &Masker, text: &str) -> String {
     let masked = mask_text_with(masker, text);
     let (mut plain, mut rest) = (String::with_capacity(masked.len()), masked.as_str());

@@ -123,52 +123,64 @@ fn events(record: &Record) -> Vec<Event> {
         Event::SnapshotDropped { why: String::new() },
         Event::PurgeTried { removed: vec![], why: String::new() },
     ];
-    // A new kind of event must be added above.
-    for event in &all {
-        match event {
-            Event::Start { .. }
-            | Event::RollbackStarted { .. }
-            | Event::Cancelled { .. }
-            | Event::Reset { .. }
-            | Event::Kept { .. }
-            | Event::QuarantineLifted { .. }
-            | Event::MovedTagAccepted { .. }
-            | Event::DriftAccepted { .. }
-            | Event::TrackCommits { .. }
-            | Event::TokenChanged { .. }
-            | Event::LedgerRestored { .. }
-            | Event::ProxyUpgraded { .. }
-            | Event::RefsSeen { .. }
-            | Event::HandedOver { .. }
-            | Event::TookOver { .. }
-            | Event::Claimed
-            | Event::Fetched(_)
-            | Event::BuildIntended { .. }
-            | Event::BuildDone { .. }
-            | Event::BuildsComplete
-            | Event::Prepared { .. }
-            | Event::StepIntended { .. }
-            | Event::StepDone { .. }
-            | Event::OpIntended { .. }
-            | Event::OpObserved { .. }
-            | Event::Landed
-            | Event::CutOverIntended
-            | Event::Converged { .. }
-            | Event::FlipIntended { .. }
-            | Event::Completed
-            | Event::Failed { .. }
-            | Event::FlippedBack
-            | Event::RolledBack
-            | Event::RepairIntended { .. }
-            | Event::ProvedServes { .. }
-            | Event::WayBackProved { .. }
-            | Event::DriftSeen { .. }
-            | Event::SnapshotDropped { .. }
-            | Event::PurgeTried { .. } => {}
-        }
-    }
     let _ = record;
     all
+}
+
+/// Puts who and why into a command, and answers whether a reason belongs to it; `None` for what no person gives.
+///
+/// Named one by one: a new kind of event does not compile until it stands here, and must be added to [`events`] then.
+fn by_a_person(event: &mut Event, who: &Actor, why: &str) -> Option<bool> {
+    match event {
+        Event::Start { job, override_quarantine } => {
+            (job.actor, job.reason, *override_quarantine) = (who.clone(), why.to_owned(), true);
+            Some(true)
+        }
+        Event::RollbackStarted { actor, reason, .. }
+        | Event::Cancelled { actor, reason }
+        | Event::Reset { actor, reason }
+        | Event::Kept { actor, reason }
+        | Event::QuarantineLifted { actor, reason, .. }
+        | Event::MovedTagAccepted { actor, reason, .. }
+        | Event::DriftAccepted { actor, reason, .. }
+        | Event::TokenChanged { actor, reason, .. }
+        | Event::LedgerRestored { actor, reason, .. }
+        | Event::ProxyUpgraded { actor, reason, .. } => {
+            (*actor, *reason) = (who.clone(), why.to_owned());
+            Some(true)
+        }
+        Event::TrackCommits { actor, .. } => {
+            *actor = who.clone();
+            Some(false)
+        }
+        Event::RefsSeen { .. }
+        | Event::HandedOver { .. }
+        | Event::TookOver { .. }
+        | Event::Claimed
+        | Event::Fetched(_)
+        | Event::BuildIntended { .. }
+        | Event::BuildDone { .. }
+        | Event::BuildsComplete
+        | Event::Prepared { .. }
+        | Event::StepIntended { .. }
+        | Event::StepDone { .. }
+        | Event::OpIntended { .. }
+        | Event::OpObserved { .. }
+        | Event::Landed
+        | Event::CutOverIntended
+        | Event::Converged { .. }
+        | Event::FlipIntended { .. }
+        | Event::Completed
+        | Event::Failed { .. }
+        | Event::FlippedBack
+        | Event::RolledBack
+        | Event::RepairIntended { .. }
+        | Event::ProvedServes { .. }
+        | Event::WayBackProved { .. }
+        | Event::DriftSeen { .. }
+        | Event::SnapshotDropped { .. }
+        | Event::PurgeTried { .. } => None,
+    }
 }
 
 /// Every way to be in a state that changes what may follow.
@@ -360,57 +372,10 @@ fn each_command_is_in_the_history_with_who_when_why_and_from_where() {
             }
             for record in [Some(record), drifted.ok()].into_iter().flatten() {
                 for mut event in events(&record) {
-                    // Named one by one: a new command does not compile until somebody has thought of this.
-                    let has_reason = match &mut event {
-                        Event::Start { job, override_quarantine } => {
-                            (job.actor, job.reason, *override_quarantine) = (alice.clone(), why.clone(), true);
-                            true
-                        }
-                        Event::RollbackStarted { actor, reason, .. }
-                        | Event::Cancelled { actor, reason }
-                        | Event::Reset { actor, reason }
-                        | Event::Kept { actor, reason }
-                        | Event::QuarantineLifted { actor, reason, .. }
-                        | Event::MovedTagAccepted { actor, reason, .. }
-                        | Event::DriftAccepted { actor, reason, .. }
-                        | Event::TokenChanged { actor, reason, .. }
-                        | Event::LedgerRestored { actor, reason, .. }
-                        | Event::ProxyUpgraded { actor, reason, .. } => {
-                            (*actor, *reason) = (alice.clone(), why.clone());
-                            true
-                        }
-                        Event::TrackCommits { actor, on } => {
-                            (*actor, *on) = (alice.clone(), !record.track_commits);
-                            false
-                        }
-                        Event::RefsSeen { .. }
-                        | Event::HandedOver { .. }
-                        | Event::TookOver { .. }
-                        | Event::Claimed
-                        | Event::Fetched(_)
-                        | Event::BuildIntended { .. }
-                        | Event::BuildDone { .. }
-                        | Event::BuildsComplete
-                        | Event::Prepared { .. }
-                        | Event::StepIntended { .. }
-                        | Event::StepDone { .. }
-                        | Event::OpIntended { .. }
-                        | Event::OpObserved { .. }
-                        | Event::Landed
-                        | Event::CutOverIntended
-                        | Event::Converged { .. }
-                        | Event::FlipIntended { .. }
-                        | Event::Completed
-                        | Event::Failed { .. }
-                        | Event::FlippedBack
-                        | Event::RolledBack
-                        | Event::RepairIntended { .. }
-                        | Event::ProvedServes { .. }
-                        | Event::WayBackProved { .. }
-                        | Event::DriftSeen { .. }
-                        | Event::SnapshotDropped { .. }
-                        | Event::PurgeTried { .. } => continue,
-                    };
+                    let Some(has_reason) = by_a_person(&mut event, &alice, &why) else { continue };
+                    if let Event::TrackCommits { on, .. } = &mut event {
+                        *on = !record.track_commits;
+                    }
                     let Ok(commit) = apply(&record, &event, Millis(5)) else { continue };
                     let line: serde_json::Value = serde_json::from_slice(&commit.lines[0].bytes).unwrap();
                     let expect = serde_json::json!({ "oid": "token:7", "name": "alice", "from": "10.1.2.3" });

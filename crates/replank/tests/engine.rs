@@ -323,6 +323,16 @@ impl World {
         self.engine.candidates().await.unwrap().error
     }
 
+    /// Lets the loop take the job to its end, which is before anything was touched; answers why.
+    async fn failed_pre(&self) -> Told {
+        let reconciler = Reconciler::new(self.ports.clone(), self.setup.clone(), self.shared.clone());
+        let run = reconciler.run(|record| !record.phase.state().in_flight());
+        tokio::time::timeout(Duration::from_secs(60), run).await.expect("the job ends");
+        let record = self.engine.record().await.unwrap();
+        let Phase::FailedPre { fault } = record.phase else { panic!("{:?}", record.phase) };
+        fault
+    }
+
     async fn events(&self) -> Vec<Value> {
         let lines = self.engine.history(100).await.unwrap();
         lines.iter().map(|line| serde_json::from_slice(&line.bytes).unwrap()).collect()
@@ -570,11 +580,7 @@ async fn a_failed_fetch_says_what_git_said_and_no_secret() {
     let world = World::of_remote().await;
     world.remote.offers(&["0.2.0"]);
     world.engine.start(&alice(), start()).await.unwrap();
-    let reconciler = Reconciler::new(world.ports.clone(), world.setup.clone(), world.shared.clone());
-    let run = reconciler.run(|record| !record.phase.state().in_flight());
-    tokio::time::timeout(Duration::from_secs(60), run).await.expect("the job ends");
-    let record = world.engine.record().await.unwrap();
-    let Phase::FailedPre { fault } = &record.phase else { panic!("{:?}", record.phase) };
+    let fault = world.failed_pre().await;
     let expect = "git clone failed: exit code 128: the fetch said last: $ git clone --depth 1 https://git.test/shop.git | \
                   remote: hello *** | fatal: the pack is damaged";
     assert_eq!((fault.what.as_str(), fault.advice.as_str()), (expect, "have it mended"));
@@ -678,11 +684,7 @@ async fn what_a_remote_says_is_told_without_its_tricks_and_without_secrets() {
     world.remote.offers(&["0.2.0"]);
     world.later(15_000);
     world.engine.start(&alice(), start()).await.unwrap();
-    let reconciler = Reconciler::new(world.ports.clone(), world.setup.clone(), world.shared.clone());
-    let run = reconciler.run(|record| !record.phase.state().in_flight());
-    tokio::time::timeout(Duration::from_secs(60), run).await.expect("the job ends");
-    let record = world.engine.record().await.unwrap();
-    let Phase::FailedPre { fault } = &record.phase else { panic!("{:?}", record.phase) };
+    let fault = world.failed_pre().await;
     clean(&fault.what);
     let lines = world.engine.history(100).await.unwrap();
     let mut failed = lines.iter().map(|line| String::from_utf8(line.bytes.clone()).unwrap());

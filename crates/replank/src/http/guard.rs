@@ -52,13 +52,12 @@ impl Http {
     }
 
     async fn write_down(&self, actor: &str, from: &str, action: &str, why: &str) {
-        let cut = |text: &str, max: usize| mask_sentence(text).chars().take(max).collect();
         let refusal = Refusal {
             at: self.clock.now(),
             actor: actor.to_owned(),
             from: from.to_owned(),
-            action: cut(action, ACTION_MAX),
-            why: cut(why, WHY_MAX),
+            action: mask_sentence(action, ACTION_MAX),
+            why: mask_sentence(why, WHY_MAX),
         };
         if let Err(error) = self.tokens.refused(&refusal).await {
             tracing::warn!(%error, action = %refusal.action, why, "a refusal was not written down");

@@ -34,7 +34,7 @@ fn id(hook: &Hook, words: &[&str]) -> String {
 
 /// Fit for whatever a receiver shows it in: what people wrote as a reason is in no record's own words.
 fn cut(text: &str) -> String {
-    mask_sentence(text).chars().take(TEXT_MAX).collect()
+    mask_sentence(text, TEXT_MAX)
 }
 
 /// What a line tells: the final state that it led to, and more.

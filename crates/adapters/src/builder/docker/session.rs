@@ -59,7 +59,7 @@ impl Drop for Session {
 impl Session {
     /// Whether the engine has ended it: told at most `within` later, as this side may not have read that yet.
     pub(super) async fn is_lost(&mut self, within: Duration) -> bool {
-        self.task.is_finished() || tokio::time::timeout(within, &mut self.task).await.is_ok()
+        tokio::time::timeout(within, &mut self.task).await.is_ok()
     }
 }
 

@@ -315,12 +315,14 @@ async fn a_missing_dockerfile_or_a_huge_context_is_refused_before_anything_is_se
     assert!(fault.what.contains("no Dockerfile"), "{}", fault.what);
 }
 
-/// A builder whose engine is not there: for what is decided before it is asked.
-fn offline(config: DockerBuilderConfig) -> DockerBuilder {
+/// A builder whose engine is not there, and the directory of the socket that it was at.
+fn offline(config: DockerBuilderConfig) -> (tempfile::TempDir, DockerBuilder) {
     let dir = tempfile::tempdir().expect("directory");
     let socket = dir.path().join("docker.sock");
-    drop(std::os::unix::net::UnixListener::bind(&socket).expect("socket"));
-    DockerBuilder::new(Engine::connect(&socket).expect("engine"), config).expect("builder")
+    let listener = std::os::unix::net::UnixListener::bind(&socket).expect("socket");
+    let engine = Engine::connect(&socket).expect("engine");
+    drop(listener);
+    (dir, DockerBuilder::new(engine, config).expect("builder"))
 }
 
 /// The request holds nothing by which a build would leave its sandbox, whatever a recipe says, and all of the operator's limits.
@@ -331,7 +333,7 @@ async fn a_build_is_asked_for_with_the_operator_s_limits_and_without_the_host_s_
     case.spec.recipe.args = words.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
     let config =
         DockerBuilderConfig { memory: Some(512 << 20), milli_cpus: Some(1_500), ..DockerBuilderConfig::default() };
-    let query = offline(config).query(&case.spec, &Names::of(&case.spec), "Dockerfile");
+    let query = offline(config).1.query(&case.spec, &Names::of(&case.spec), "Dockerfile");
     let mut names: Vec<&str> = query.iter().map(|(name, _)| *name).collect();
     names.sort_unstable();
     let expect = [
@@ -374,7 +376,7 @@ async fn a_build_is_given_the_secrets_of_its_own_component_alone() {
     let (own, other) = (file("of-this-one"), file("of-another"));
     let source = |file: &tempfile::NamedTempFile| SecretSource::File(file.path().to_owned());
     let secrets = BTreeMap::from([("own".to_owned(), source(&own)), ("other".to_owned(), source(&other))]);
-    let builder = offline(DockerBuilderConfig { secrets, ..DockerBuilderConfig::default() });
+    let (_dir, builder) = offline(DockerBuilderConfig { secrets, ..DockerBuilderConfig::default() });
     let given = builder.secrets(&case.spec).await.expect("secrets");
     assert_eq!(given, BTreeMap::from([("own".to_owned(), b"of-this-one".to_vec())]));
     case.spec.recipe.secrets = vec![];
@@ -516,12 +518,7 @@ async fn lines_are_there_while_the_build_runs() {
 #[tokio::test]
 async fn an_engine_that_is_not_there_may_come_back() {
     let case = Case::with_shell("");
-    let dir = tempfile::tempdir().expect("directory");
-    let socket = dir.path().join("docker.sock");
-    let listener = std::os::unix::net::UnixListener::bind(&socket).expect("socket");
-    let engine = Engine::connect(&socket).expect("engine");
-    drop(listener);
-    let builder = DockerBuilder::new(engine, DockerBuilderConfig::default()).expect("builder");
+    let (_dir, builder) = offline(DockerBuilderConfig::default());
     let fault = builder.build(&case.spec, &NoLog).await.expect_err("no engine");
     assert_eq!(fault.class, Class::Transient, "{}", fault.chain());
 }

@@ -212,7 +212,7 @@ fn trouble(state: &ContainerState, restarts: i64, at: Millis, is_controller: boo
         }
         _ => return None,
     };
-    Some(mask_sentence(&text).chars().take(TROUBLE_MAX).collect())
+    Some(mask_sentence(&text, TROUBLE_MAX))
 }
 
 /// The engine writes year 1 for "never".

@@ -83,7 +83,7 @@ const SHOWN_MAX: usize = 300;
 /// A remote's words, fit to be shown: masked, on one line, with nothing in them that a terminal or a page obeys.
 pub(in crate::source) fn tame(bytes: &[u8]) -> String {
     let said = String::from_utf8_lossy(&bytes[..bytes.len().min(SAID_MAX)]);
-    mask_sentence(&said).chars().take(SHOWN_MAX).collect()
+    mask_sentence(&said, SHOWN_MAX)
 }
 
 /// The release that a name stands for: only the one spelling `vA.B.C`.
