@@ -4,11 +4,11 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use replank_testbed::repo::Entry;
 
-use crate::rig::{Options, Rig, said};
+use crate::rig::{JOB_LIMIT, Options, Rig, said};
 
 const PASSWORD: &str = "hunter2-remote-credential-2f9c";
 const BUILD_SECRET: &str = "build-secret-value-7d1e";
@@ -48,7 +48,17 @@ fn secrets_show_nowhere() {
     assert!(code == 200 && log.contains("token is ***"), "{log}");
     seen.push(("log of the failed build".to_owned(), log.into_bytes()));
     seen.push(("row of the failed job".to_owned(), failed.to_string().into_bytes()));
-    let row = rig.run("0.1.2");
+    rig.begin("0.1.2");
+    // While it builds the clone is there; once the job is over it goes by itself.
+    let end = Instant::now() + JOB_LIMIT;
+    while rig.status()["state"] != "building" {
+        assert!(Instant::now() < end, "it never builds: {}", rig.told());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let clone = seen.len();
+    collect(&rig.home, &mut seen);
+    assert!(seen.iter().skip(clone).any(|(name, _)| name.ends_with(".git/config")), "there is no clone to look at");
+    let row = rig.end(JOB_LIMIT);
     assert_eq!(row["state"], "succeeded", "{row}\n{}", rig.told());
     let (_, log) = rig.log(&row);
     assert!(log.contains(&BUILD_SECRET.len().to_string()), "the build did not get its secret: {log}");
@@ -72,11 +82,10 @@ fn secrets_show_nowhere() {
         seen.push((format!("image {id}"), docker(&["image", "inspect", id]).into_bytes()));
         seen.push((format!("history of image {id}"), docker(&["history", "--no-trunc", id]).into_bytes()));
     }
-    // Everything on disk: the ledger with its write-ahead log, the clone with its configuration, the proxy's files.
+    // Everything on disk: the ledger with its write-ahead log, the proxy's files.
     let files = seen.len();
     collect(&rig.home, &mut seen);
     assert!(seen.iter().skip(files).any(|(name, _)| name.ends_with("replank.db")));
-    assert!(seen.iter().skip(files).any(|(name, _)| name.ends_with(".git/config")), "there is no clone to look at");
     let log = std::fs::read(rig.engine.directory().unwrap().join("engine.log")).unwrap();
     seen.push(("the engine's log".to_owned(), log));
     eprintln!("looked into {} places", seen.len());
@@ -104,8 +113,10 @@ fn secrets_show_nowhere() {
 }
 
 fn collect(dir: &Path, into: &mut Vec<(String, Vec<u8>)>) {
-    for entry in std::fs::read_dir(dir).unwrap().flatten() {
-        let (path, kind) = (entry.path(), entry.file_type().unwrap());
+    // What goes while it is looked at is no place where anything shows.
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let Ok(kind) = entry.file_type() else { continue };
         if kind.is_dir() {
             collect(&path, into);
         } else if kind.is_file() {
