@@ -14,6 +14,7 @@ use crate::image::attempt_tag;
 use crate::phase::{
     Build, Building, BuiltOnly, Confirming, Flip, Mode, Op, OpState, Patching, Phase, RollingBack, State, Swap, WayBack,
 };
+use crate::progress;
 use crate::record::{Deployment, Driver, Job, MOVED_TAGS_MAX, ORPHANS_MAX, OnRolloutFailure, Orphan, Record};
 use crate::words::{CommitSha, Millis, Version};
 
@@ -77,8 +78,10 @@ pub fn next(record: &Record, event: &Event, now: Millis) -> Result<Phase, Refuse
                 Some(_) | None => Ok(Phase::Queued),
             }
         }
+        Event::Progressed { .. } if !from.in_flight() || record.job.is_none() => Err(wrong()),
         Event::ProxyUpgraded { step: ProxyStep::Begun, .. } if from.in_flight() => Err(Refused::InFlight { from }),
         Event::TrackCommits { .. }
+        | Event::Progressed { .. }
         | Event::ProxyUpgraded { .. }
         | Event::TokenChanged { .. }
         | Event::LedgerRestored { .. }
@@ -572,7 +575,7 @@ pub fn apply_as(record: &Record, event: &Event, now: Millis, reads: u32) -> Resu
         Event::BuildsComplete if new.phase.state() == State::Succeeded => {
             audit = Audit::new(now, record.job.as_ref().map(|j| &j.id), "succeeded").with("build_only", true);
         }
-        Event::Claimed | Event::BuildsComplete | Event::Landed => {}
+        Event::Claimed | Event::BuildsComplete | Event::Landed | Event::Progressed { .. } => {}
         Event::Fetched(fetched) => {
             audit = audit.with("components", fetched.recipes.len());
             if let Some(signer) = &fetched.signed_by {
@@ -732,11 +735,14 @@ pub fn apply_as(record: &Record, event: &Event, now: Millis, reads: u32) -> Resu
     {
         snapshot.closed = Some(why);
     }
+    progress::note(&mut new, &record.phase, event);
     let level = crate::format::level(&new, reads);
     (new.format, new.min_reader) = (new.format.max(level), level);
-    // A look at the remote that found nothing new to start is no event: the history would drown in them.
-    let silent = matches!(event, Event::RefsSeen { latest }
-        if new_release(record, latest).is_none() && new_head(record, latest).is_none());
+    // A look at the remote that found nothing new to start is no event, nor is that a job goes on: the history would drown in them.
+    let silent = match event {
+        Event::RefsSeen { latest } => new_release(record, latest).is_none() && new_head(record, latest).is_none(),
+        other => matches!(other, Event::Progressed { .. }),
+    };
     let events = if silent { &[][..] } else { std::slice::from_ref(&audit) };
     let (lines, head) = seal(&record.history, events);
     new.history = head;

@@ -74,6 +74,7 @@ pub fn job(version: &str) -> Job {
         accept_one_way: false,
         downgrade: None,
         data: Default::default(),
+        reached: Default::default(),
         extra: BTreeMap::new(),
     }
 }

@@ -192,8 +192,8 @@ impl LocalEngine {
         }
     }
 
-    /// The end of the history; without it nothing is predicted, and the plan stands all the same.
-    async fn tail(&self, record: &Record) -> Vec<Line> {
+    /// The end of the history; without it nothing is predicted, and all else stands.
+    pub(super) async fn tail(&self, record: &Record) -> Vec<Line> {
         let (mut lines, end) = (Vec::new(), record.history.count);
         let mut from = end.saturating_sub(HISTORY_MAX);
         while from < end {
