@@ -157,7 +157,9 @@ pub fn place(record: &Record, seen: Option<(&BTreeMap<ComponentName, Progress>, 
         // It goes back by itself: forward it comes no further.
         Phase::Confirming(Confirming { flip: Some(_), .. }) => 0,
         // A way of its own, from its beginning.
-        Phase::RollingBack(back) => return Some(by_time(record.entered_at, weight(State::RollingOut)).max(moved(&back.swap))),
+        Phase::RollingBack(back) => {
+            return Some(by_time(record.entered_at, weight(State::RollingOut)).max(moved(&back.swap)));
+        }
         Phase::Idle
         | Phase::Succeeded { .. }
         | Phase::FailedPre { .. }
@@ -211,9 +213,8 @@ fn built(
 /// How much of a swap was observed, by the operations that it has in this phase. The last one ends the phase, and so it is never
 /// at the end.
 fn moved(swap: &Swap) -> u64 {
-    let has = |side: Option<&Deployment>, overlap| {
-        side.is_some_and(|side| side.plan.with_overlap(overlap).next().is_some())
-    };
+    let has =
+        |side: Option<&Deployment>, overlap| side.is_some_and(|side| side.plan.with_overlap(overlap).next().is_some());
     let is_planned = |op: &Op| match op {
         Op::StartNew | Op::CutOver | Op::Settle => true,
         // Only where an earlier job's change came late.

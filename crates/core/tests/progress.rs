@@ -244,13 +244,8 @@ fn a_fall_is_a_misfit() {
 /// What a driver, an operator or the platform may bring about; most of it is refused in most states.
 fn events() -> Vec<Event> {
     let new = deployment("job-1", 2);
-    let built = Built {
-        image: images('2')[&app()].clone(),
-        bases: BTreeMap::new(),
-        queued_ms: 0,
-        built_ms: 0,
-        adopted: false,
-    };
+    let built =
+        Built { image: images('2')[&app()].clone(), bases: BTreeMap::new(), queued_ms: 0, built_ms: 0, adopted: false };
     let way_back = WayBack::Snapshot(Box::new(snapshot_of(deployment("job-0", 1))));
     let op = |op| [Event::OpIntended { op }, Event::OpObserved { op }];
     let mut all = vec![

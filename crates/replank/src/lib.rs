@@ -11,6 +11,7 @@ pub mod http;
 pub mod init;
 pub mod ledger_file;
 pub mod lock;
+pub mod plain;
 pub mod proxy;
 pub mod proxy_upgrade;
 pub mod system;

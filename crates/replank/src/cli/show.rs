@@ -7,8 +7,8 @@ use jiff::tz::TimeZone;
 use replank_core::words::{Millis, Version};
 use serde_json::Value;
 
-use super::plain;
 use crate::http::row::Row;
+use crate::plain;
 
 /// How this process may write.
 #[derive(Debug, Clone)]

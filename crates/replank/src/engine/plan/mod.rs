@@ -27,8 +27,8 @@ use super::planned::{
 };
 use super::reconcile::describe;
 use super::release::{self, PLAN_WAITS, Release, Word};
-use crate::cli::plain;
 use crate::doctor::{Checked, Verdict};
+use crate::plain;
 
 /// The end of the history that predictions rest on: some thirty jobs of usual length.
 const HISTORY_MAX: u64 = 2_000;
