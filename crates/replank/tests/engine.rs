@@ -383,12 +383,15 @@ async fn a_commit_is_refused_with_the_reason_where_tags_must_be_signed() {
     let why = |refused: Refusal| refused.to_string();
     let before = world.engine.start(&alice(), commit()).await.map_err(why).unwrap_err();
     assert!(!before.contains("signed"), "{before}");
+    assert_eq!(world.engine.candidates().await.unwrap().commits_refused, None);
     world.remote.signed.store(true, Ordering::SeqCst);
     let asked = world.remote.asked();
     let refused = world.engine.start(&alice(), commit()).await.map_err(why).unwrap_err();
     assert!(refused.contains("cannot be started: only signed tags are accepted"), "{refused}");
     // It needs no look at the remote, and no job was begun.
     assert_eq!(world.remote.asked(), asked);
+    let told = world.engine.candidates().await.unwrap().commits_refused;
+    assert_eq!(told.as_deref(), Some("only signed tags are accepted"), "known before anybody tries");
     assert!(world.events().await.iter().all(|event| event["event"] != "start"));
 }
 

@@ -305,6 +305,7 @@ impl Engine for LocalEngine {
                 running_version,
                 candidates: vec![],
                 refused: vec![],
+                commits_refused: None,
                 error: None,
             });
         };
@@ -315,7 +316,15 @@ impl Engine for LocalEngine {
             }
             Err(told) => (vec![], vec![], Some(told.sentence())),
         };
-        Ok(Candidates { configured: true, remote: Some(remote.shown()), running_version, candidates, refused, error })
+        Ok(Candidates {
+            configured: true,
+            remote: Some(remote.shown()),
+            running_version,
+            candidates,
+            refused,
+            commits_refused: remote.refuses_commits(),
+            error,
+        })
     }
 
     async fn check(&self, _actor: &Actor) -> Result<Record, Refusal> {

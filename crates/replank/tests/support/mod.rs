@@ -155,6 +155,7 @@ impl Engine for Double {
                 running_version: "0.1.0".into(),
                 candidates: vec![],
                 refused: vec![],
+                commits_refused: None,
                 error: None,
             });
         }
@@ -164,6 +165,7 @@ impl Engine for Double {
             running_version: "0.1.0".into(),
             candidates: vec![tag("0.2.0", None)],
             refused: vec![tag("0.3.0", Some("the tag was moved"))],
+            commits_refused: Some("only signed tags are accepted\u{1b}[2J".into()),
             error: None,
         })
     }
