@@ -14,6 +14,7 @@ pub mod lock;
 pub mod plain;
 pub mod proxy;
 pub mod proxy_upgrade;
+pub mod refusals;
 pub mod system;
 pub mod telemetry;
 pub mod verify;

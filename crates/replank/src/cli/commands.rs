@@ -183,7 +183,8 @@ impl Run<'_> {
         let version =
             args.release.map(|v| v.parse::<Version>()).transpose().map_err(|e| Failure::usage(e.to_string()))?;
         let settings = self.settings()?;
-        Ok(wiring::deploy(wiring::DeployArgs { settings, version, json: self.global.json }).await?)
+        let actor = tokens::local_actor(self.env);
+        Ok(wiring::deploy(wiring::DeployArgs { settings, version, json: self.global.json, actor }).await?)
     }
 
     async fn status(&self, args: super::Status) -> Done {
