@@ -393,6 +393,7 @@ fn each_command_is_in_the_history_with_who_when_why_and_from_where() {
                         | Event::BuildIntended { .. }
                         | Event::BuildDone { .. }
                         | Event::BuildsComplete
+                        | Event::Progressed { .. }
                         | Event::Prepared { .. }
                         | Event::StepIntended { .. }
                         | Event::StepDone { .. }
