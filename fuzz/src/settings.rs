@@ -5,7 +5,11 @@
 #[path = "../../crates/replank/src/config/mod.rs"]
 pub mod config;
 
+#[path = "obeyed.rs"]
+mod obeyed;
+
 use config::Problems;
+use obeyed::obeyed;
 
 /// A refusal names what is wrong, at a place that exists, in text that a terminal can be given.
 pub fn told(text: &str, problems: &Problems) {
@@ -14,6 +18,6 @@ pub fn told(text: &str, problems: &Problems) {
     for problem in &problems.0 {
         assert!(!problem.what.is_empty() && problem.line <= lines, "{problem:?}");
         let shown = problem.to_string();
-        assert!(!shown.chars().any(char::is_control), "{shown:?}");
+        assert!(!shown.contains(|c: char| c.is_control() || obeyed(c)), "{shown:?}");
     }
 }

@@ -75,7 +75,7 @@ impl Gate {
         }
         let passed = fs::read_to_string(self.directory.join(TRACE)).unwrap_or_default();
         let here = line(step, side);
-        if passed.lines().filter(|one| *one == here).count() < point.nth {
+        if of_the_job(&passed).filter(|one| *one == here).count() < point.nth {
             return Ok(());
         }
         // Whoever moves the file is the one that is struck.
@@ -113,6 +113,12 @@ impl Gate {
             eprintln!("the trace cannot be written: {error}");
         }
     }
+}
+
+/// The lines of a trace from the job's first one on. What the job before it left to be tidied up may be among those before.
+pub fn of_the_job(trace: &str) -> impl Iterator<Item = &str> {
+    const FIRST: [&str; 2] = ["before record start", "before record rollback_start"];
+    trace.lines().skip_while(|line| !FIRST.contains(line))
 }
 
 fn line(step: &str, side: Side) -> String {

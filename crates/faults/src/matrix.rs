@@ -191,7 +191,7 @@ impl Stage {
         let mut passed: Vec<&str> = Vec::new();
         let mut differs = self.scenario.begins_to_differ().is_none();
         let mut seen = BTreeSet::new();
-        for line in trace.lines() {
+        for line in gate::of_the_job(&trace) {
             let (side, step) = line.split_once(' ').context("a line of the trace has two parts")?;
             let side = if side == "before" { Side::Before } else { Side::After };
             differs |= self.scenario.begins_to_differ() == Some(step);

@@ -247,7 +247,8 @@ async fn audit_tells_what_enforce_would_refuse() {
         said.into_iter().filter(|event| event["event"] == "exec_start").collect::<Vec<_>>()
     };
     for (number, (argv, expect)) in [
-        (json!(["git", "version"]), json!("git may not be asked for this subcommand")),
+        (json!(["git", "push", "origin"]), json!("the directory of the clone is missing")),
+        (json!(["az", "account", "get-access-token"]), json!("az may not be asked for this command")),
         (json!(["git", "-c", "core.fsmonitor=id", "version"]), json!("git may not be given this setting")),
         (json!(["kubectl", "run", "true"]), Value::Null),
     ]

@@ -158,7 +158,8 @@ mod tests {
             ("xyz refs/tags/v1.0.0\n".to_owned(), Err(BadRefs::Line)),
             (format!("{} refs/tags/v1.0.0\n", a.to_uppercase()), Err(BadRefs::Line)),
             (format!("{a} refs/tags/v1.0.0 peeled:x\n"), Err(BadRefs::Line)),
-            ("ERR no \u{1b}[31maccess\n".to_owned(), Err(BadRefs::Said("no \u{fffd}[31maccess".to_owned()))),
+            // A colour goes, and everything else that steers a terminal is made visible.
+            ("ERR no \u{1b}[31maccess\u{202e}\u{7}\n".to_owned(), Err(BadRefs::Said("no access\\u{202e}␇".to_owned()))),
         ] {
             assert_eq!(parse(&answer(std::slice::from_ref(&line))).map(|l| l.len()), expect, "{line:?}");
         }
