@@ -10,6 +10,7 @@ use crate::decide::{build_step, data_step};
 use crate::history::{Broken, Line, Verifier};
 use crate::phase::{Confirming, Phase, State};
 use crate::ports::{LogId, Observation, Running};
+use crate::progress;
 use crate::record::{ControllerId, Deployment, Overlap, Record};
 use crate::swap::{Fit, fit};
 use crate::words::{ContainerName, RevisionId};
@@ -61,6 +62,8 @@ pub enum Misfit {
     WayBack(RevisionId),
     #[error("commit {commit} made more than one revision: {revisions:?}")]
     Twice { commit: String, revisions: Vec<RevisionId> },
+    #[error("the progress of one job fell from {from} to {to} percent")]
+    Progress { from: u32, to: u32 },
     #[error("the build log of {component} is not whole: {why}")]
     Log { component: String, why: String },
 }
@@ -112,6 +115,15 @@ pub fn always(evidence: &Evidence<'_>) -> Vec<Misfit> {
         misfits.extend(one_revision_per_key(seen));
     }
     misfits
+}
+
+/// What does not fit between a record and the one that a commit puts in its place.
+pub fn between(before: &Record, after: &Record) -> Option<Misfit> {
+    let id = |record: &Record| record.job.as_ref().map(|job| job.id.clone());
+    // The way back is a way of its own, and so is another try of it.
+    let turns = after.phase.state() == State::RollingBack && before.phase.state() != State::RollingBack;
+    let (from, to) = (progress::shown(before), progress::shown(after));
+    (id(before) == id(after) && !turns && to < from).then_some(Misfit::Progress { from, to })
 }
 
 /// At most one effective platform change per operation key: two revisions of one key would be two.

@@ -136,6 +136,10 @@ pub enum Event {
         built: Built,
     },
     BuildsComplete,
+    /// The job is so many percent on its way: no line of the history, which would drown in them.
+    Progressed {
+        percent: u32,
+    },
     Prepared {
         to: Box<Deployment>,
         way_back: WayBack,
@@ -221,6 +225,7 @@ impl Event {
             Self::BuildIntended { .. } => "build_intended",
             Self::BuildDone { .. } => "built",
             Self::BuildsComplete => "builds_complete",
+            Self::Progressed { .. } => "progressed",
             Self::Prepared { .. } => "escape_hatch",
             Self::StepIntended { .. } => "data_step_intended",
             Self::StepDone { .. } => "data_step_done",

@@ -21,6 +21,7 @@ pub mod phase;
 pub mod policy;
 pub mod ports;
 pub mod predict;
+pub mod progress;
 pub mod record;
 pub mod swap;
 pub mod transition;

@@ -9,6 +9,7 @@ use crate::data::{DataPlan, StepState};
 use crate::drift::Drift;
 use crate::image::{ImageId, Images};
 use crate::phase::{BuiltOnly, Mode, Phase};
+use crate::progress::Reached;
 use crate::words::{
     AppName, CommitSha, ComponentName, ContainerName, Digest, IdempotencyKey, InstallationId, JobId, Millis, Nonce,
     OpKey, RevisionId, Version,
@@ -209,6 +210,9 @@ pub struct Job {
     /// Data steps that were begun.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub data: BTreeMap<ContainerName, StepState>,
+    /// How far it got.
+    #[serde(default, skip_serializing_if = "Reached::is_default")]
+    pub reached: Reached,
     #[serde(flatten)]
     pub extra: BTreeMap<String, serde_json::Value>,
 }

@@ -103,6 +103,7 @@ fn events(record: &Record) -> Vec<Event> {
         Event::BuildIntended { component: app() },
         Event::BuildDone { component: app(), built },
         Event::BuildsComplete,
+        Event::Progressed { percent: 50 },
         Event::Prepared { to: Box::new(deployment("job-1", 2)), way_back, escape_hatch: vec![] },
         Event::StepIntended { step: step() },
         Event::StepDone { step: step() },
@@ -161,6 +162,7 @@ fn by_a_person(event: &mut Event, who: &Actor, why: &str) -> Option<bool> {
         | Event::BuildIntended { .. }
         | Event::BuildDone { .. }
         | Event::BuildsComplete
+        | Event::Progressed { .. }
         | Event::Prepared { .. }
         | Event::StepIntended { .. }
         | Event::StepDone { .. }

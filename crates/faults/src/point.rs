@@ -136,6 +136,8 @@ events! {
     Event::LedgerRestored { .. } => "ledger_restored" Alone,
     Event::ProxyUpgraded { .. } => "proxy_upgraded" Alone,
     Event::RefsSeen { .. } => "candidate_detected" Alone,
+    // Has no line, so that no trace shows it: whoever is struck there loses an estimate.
+    Event::Progressed { .. } => "progressed" Alone,
     Event::WayBackProved { .. } => "way_back_proved" Alone,
     Event::SnapshotDropped { .. } => "snapshot_dropped" Alone,
     Event::PurgeTried { .. } => "orphan_purge_attempt" Alone,

@@ -397,8 +397,8 @@ struct HostRoom(Settings);
 
 #[async_trait]
 impl Room for HostRoom {
-    async fn look(&self) -> Vec<Checked> {
+    async fn look(&self, both: bool) -> Vec<Checked> {
         // What is looked at here reads nothing of the environment.
-        doctor::room(doctor::Patient { settings: &self.0, env: &Environment::default() }).await
+        doctor::room(doctor::Patient { settings: &self.0, env: &Environment::default() }, both).await
     }
 }

@@ -26,6 +26,7 @@ use crate::engine::{Reconciler, Shared};
 use crate::http::row::Row;
 use crate::http::{Http, Options};
 use crate::proxy_upgrade;
+use crate::refusals::{self, Asked};
 use crate::system::SystemClock;
 use crate::webhooks::{Courier, Pace};
 
@@ -50,6 +51,8 @@ pub struct DeployArgs {
     /// A release; the newest where absent.
     pub version: Option<Version>,
     pub json: bool,
+    /// Who types.
+    pub actor: Actor,
 }
 
 /// The token store, for `replank token list` and `replank history --refusals`.
@@ -148,18 +151,17 @@ pub async fn deploy(args: DeployArgs) -> anyhow::Result<ExitCode> {
     let settings = &args.settings;
     let controller = assemble::controller(settings, &env, assemble::as_they_are).await?;
     let Some(docker) = &controller.docker else {
-        anyhow::bail!(
-            "this configuration runs nothing, so there is nothing to deploy; run `replank serve`, and `replank start` builds a release"
-        );
+        let why = "this configuration runs nothing, so there is nothing to deploy; run `replank serve`, and `replank start` \
+                   builds a release";
+        return Err(refused(&controller, &args, Refusal::Conflict(why.to_owned())).await);
     };
     let record = controller.engine.record().await?;
     if let Some(running) = &record.running {
-        anyhow::bail!(
+        let why = format!(
             "{} is deployed already: version {} runs as revision {}; use `replank start` for the next version",
-            settings.application,
-            running.version,
-            running.revision
+            settings.application, running.version, running.revision
         );
+        return Err(refused(&controller, &args, Refusal::Conflict(why)).await);
     }
     let image = match &settings.platform.proxy.image {
         Some(image) => image.clone(),
@@ -173,8 +175,8 @@ pub async fn deploy(args: DeployArgs) -> anyhow::Result<ExitCode> {
     let mut teller = Teller::new(&args, &controller);
     if record.phase.state().in_flight() {
         teller.say("going on with the deployment that was begun");
-    } else {
-        start(&controller, &args).await?;
+    } else if let Err(refusal) = start(&controller, &args).await {
+        return Err(refused(&controller, &args, refusal).await);
     }
     let last = drive(&controller, &mut teller).await?;
     controller.shared.telemetry.close().await;
@@ -191,11 +193,26 @@ pub async fn deploy(args: DeployArgs) -> anyhow::Result<ExitCode> {
     }
 }
 
-async fn start(controller: &Controller, args: &DeployArgs) -> anyhow::Result<()> {
+/// Writes a refusal down as the service does with a request's: who tried what, and why not. What cannot be had now is a failure
+/// and no refusal.
+async fn refused(controller: &Controller, args: &DeployArgs, refusal: Refusal) -> anyhow::Error {
+    match &refusal {
+        Refusal::Invalid(why) | Refusal::Conflict(why) | Refusal::NotFound(why) => {
+            let action = args.version.as_ref().map_or("deploy".to_owned(), |version| format!("deploy {version}"));
+            let at = controller.ports.clock.now();
+            let asked = Asked { at, actor: &args.actor.oid, from: &args.actor.from, action: &action };
+            refusals::write_down(controller.tokens.as_ref(), asked, why).await;
+        }
+        Refusal::TooSoon { .. } | Refusal::Unavailable(_) => {}
+    }
+    refusal.into()
+}
+
+async fn start(controller: &Controller, args: &DeployArgs) -> Result<(), Refusal> {
     let actor = Actor { oid: "host".to_owned(), name: "replank deploy".to_owned(), from: "host".to_owned() };
     match controller.engine.check(&actor).await {
         Ok(_) | Err(Refusal::TooSoon { .. }) => {}
-        Err(refusal) => return Err(refusal.into()),
+        Err(refusal) => return Err(refusal),
     }
     let request = StartRequest {
         target_version: args.version.as_ref().map(ToString::to_string),

@@ -111,6 +111,7 @@ async fn status_is_for_people_and_for_scripts() {
     let shown = text(&world.run(&["candidates"]).await.stdout);
     assert!(shown.contains("1 release newer than 0.1.0:\n  v0.2.0  0123456789ab"), "{shown}");
     assert!(shown.contains("the tag was moved"));
+    assert!(shown.ends_with("commits cannot be started: only signed tags are accepted␛[2J\n"), "{shown}");
     let shown = text(&world.run(&["history", "--limit", "1"]).await.stdout);
     assert!(shown.starts_with("1970-01-01 00:00:00 +00:00") && shown.contains("n=2"), "{shown}");
     assert_eq!(text(&world.run(&["escape-hatch"]).await.stdout), "docker start x\n");

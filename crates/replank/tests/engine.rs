@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use replank::doctor::{Checked, Finding, Verdict};
 use replank::engine::api::{Engine as _, Refusal, StartRequest};
 use replank::engine::{LocalEngine, Ports, Reading, Recipes, Reconciler, Room, Setup, Shared};
 use replank::system::SystemIds;
@@ -246,7 +247,7 @@ impl Ledger for LosesAnAnswer {
 
 #[async_trait]
 impl Room for Nothing {
-    async fn look(&self) -> Vec<replank::doctor::Checked> {
+    async fn look(&self, _: bool) -> Vec<Checked> {
         vec![]
     }
 }
@@ -403,12 +404,15 @@ async fn a_commit_is_refused_with_the_reason_where_tags_must_be_signed() {
     let why = |refused: Refusal| refused.to_string();
     let before = world.engine.start(&alice(), commit()).await.map_err(why).unwrap_err();
     assert!(!before.contains("signed"), "{before}");
+    assert_eq!(world.engine.candidates().await.unwrap().commits_refused, None);
     world.remote.signed.store(true, Ordering::SeqCst);
     let asked = world.remote.asked();
     let refused = world.engine.start(&alice(), commit()).await.map_err(why).unwrap_err();
     assert!(refused.contains("cannot be started: only signed tags are accepted"), "{refused}");
     // It needs no look at the remote, and no job was begun.
     assert_eq!(world.remote.asked(), asked);
+    let told = world.engine.candidates().await.unwrap().commits_refused;
+    assert_eq!(told.as_deref(), Some("only signed tags are accepted"), "known before anybody tries");
     assert!(world.events().await.iter().all(|event| event["event"] != "start"));
 }
 
@@ -585,6 +589,47 @@ async fn a_failed_fetch_says_what_git_said_and_no_secret() {
                   remote: hello *** | fatal: the pack is damaged";
     assert_eq!((fault.what.as_str(), fault.advice.as_str()), (expect, "have it mended"));
     assert!(!serde_json::to_string(&world.events().await).unwrap().contains(SECRET));
+}
+
+/// A machine on which each check comes to the same.
+#[derive(Debug)]
+struct Machine(Verdict);
+
+#[async_trait]
+impl Room for Machine {
+    async fn look(&self, both: bool) -> Vec<Checked> {
+        assert!(!both, "a job that only builds starts nothing beside what runs");
+        let one = |name: &'static str| {
+            let (what, advice) = (format!("too little {name}"), format!("add {name}"));
+            Checked { name, finding: Finding { verdict: self.0, what, advice }, ms: 0 }
+        };
+        ["home", "memory", "disk"].map(one).to_vec()
+    }
+}
+
+#[tokio::test]
+async fn a_job_without_room_fails_before_anything_is_fetched() {
+    const NO_ROOM: &str = "this machine has no room for the upgrade: too little memory; too little disk";
+    for (verdict, expect) in
+        [(Verdict::Failed, NO_ROOM), (Verdict::Warning, "git clone failed"), (Verdict::Ok, "git clone failed")]
+    {
+        let world = World::of_remote().await;
+        world.remote.offers(&["0.2.0"]);
+        world.engine.start(&alice(), start()).await.unwrap();
+        let setup = Setup { room: Arc::new(Machine(verdict)), ..(*world.setup).clone() };
+        let reconciler = Reconciler::new(world.ports.clone(), Arc::new(setup), world.shared.clone());
+        let run = reconciler.run(|record| !record.phase.state().in_flight());
+        tokio::time::timeout(Duration::from_secs(60), run).await.expect("the job ends");
+        let record = world.engine.record().await.unwrap();
+        let Phase::FailedPre { fault } = &record.phase else { panic!("{:?}", record.phase) };
+        assert!(fault.what.starts_with(expect), "{verdict:?}: {}", fault.what);
+        if verdict == Verdict::Failed {
+            assert_eq!(
+                (fault.what.as_str(), fault.advice.as_str()),
+                (NO_ROOM, "add memory; add disk; then start again")
+            );
+        }
+    }
 }
 
 #[tokio::test]

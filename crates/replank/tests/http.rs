@@ -583,7 +583,8 @@ async fn candidates_and_history_have_the_contract_s_shape() {
     let found = get(&server, READER, "/api/upgrade/candidates").await.json();
     let expect = json!({ "configured": true, "remote": "https://git.test/shop.git", "running_version": "0.1.0",
         "candidates": [{ "name": "v0.2.0", "raw_ref": "refs/tags/v0.2.0", "commit_sha": SHA }],
-        "refused": [{ "name": "v0.3.0", "raw_ref": "refs/tags/v0.3.0", "commit_sha": SHA, "refused": "the tag was moved" }] });
+        "refused": [{ "name": "v0.3.0", "raw_ref": "refs/tags/v0.3.0", "commit_sha": SHA, "refused": "the tag was moved" }],
+        "commits_refused": "only signed tags are accepted\u{1b}[2J" });
     assert_eq!(found, expect);
     server.engine.is_alone.store(true, std::sync::atomic::Ordering::SeqCst);
     let alone = get(&server, READER, "/api/upgrade/candidates").await.json();

@@ -2,13 +2,15 @@
 //! what a service refuses before it opens anything.
 #![allow(clippy::unwrap_used)]
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use replank_adapters::ledger::sqlite::SqliteLedger;
 use replank_adapters::sqlite::Store;
-use replank_core::ports::{Refusal, Tokens as _};
-use replank_core::words::{AppName, Millis};
+use replank_core::ports::{Ledger as _, Refusal, Tokens as _};
+use replank_core::record::{Deployment, Plan};
+use replank_core::words::{AppName, CommitSha, JobId, Millis, Nonce, OpKey, RevisionId};
 use serde_json::Value;
 
 const CONFIG: &str = "application = \"shop\"\n[components.api]\n[containers.api]\ncomponent = \"api\"\n";
@@ -210,6 +212,57 @@ async fn refusals_can_be_read() {
     assert!(lines[1].starts_with("1970-01-01 00:00:02 +00:00  robot  10.0.0.7  POST /api/upgrade/start"), "{shown}");
     assert!(lines[1].ends_with("commit 0123 is quarantined␛[2J"), "no tricks on the terminal: {shown}");
     assert_eq!(home.run(&["history", "--refusals", "--verify"]).status.code(), Some(2));
+}
+
+/// Nobody serves yet, or ever will: an auditor asks all the same who tried what.
+#[tokio::test]
+async fn a_deployment_that_is_refused_is_written_down_and_one_that_fails_is_not() {
+    let home = Home::new();
+    let socket = home.path().join("engine.sock");
+    let engine = format!("[docker]\nsocket = \"{}\"\n", socket.display());
+    let config = format!("{CONFIG}{engine}");
+    std::fs::write(home.path().join("replank.toml"), &config).unwrap();
+    // The engine is not there: that is no refusal.
+    assert_eq!(home.run(&["deploy"]).status.code(), Some(1));
+    assert_eq!(home.well(&["history", "--refusals"]), "nothing was refused\n");
+
+    // Nobody answers there, and nobody is asked.
+    let _engine = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let runs_nothing = format!("application = \"shop\"\n[components.api]\n{engine}");
+    std::fs::write(home.path().join("replank.toml"), runs_nothing).unwrap();
+    assert_eq!(home.run(&["deploy"]).status.code(), Some(1));
+    std::fs::write(home.path().join("replank.toml"), &config).unwrap();
+    deployed(&home).await;
+    let out = home.run(&["deploy", "1.2.3"]);
+    assert_eq!(out.status.code(), Some(1), "{}", text(&out.stderr));
+    assert!(text(&out.stderr).contains("deployed already"), "{}", text(&out.stderr));
+
+    let found = home.json(&["history", "--refusals"]);
+    let refusals = found["refusals"].as_array().unwrap();
+    let told = |index: usize, name: &str| refusals[index][name].as_str().unwrap().to_owned();
+    assert_eq!(refusals.len(), 2, "{found}");
+    assert_eq!((told(0, "action"), told(1, "action")), ("deploy".to_owned(), "deploy 1.2.3".to_owned()));
+    assert!(told(0, "why").contains("runs nothing") && told(1, "why").contains("0.1.0 runs as revision"), "{found}");
+    for refusal in refusals {
+        assert!(refusal["actor"].as_str().unwrap().starts_with("uid:") && refusal["from"] == "host", "{refusal}");
+    }
+    assert!(home.events().is_empty(), "nothing happened, so the history says nothing");
+}
+
+/// The record says that 0.1.0 runs.
+async fn deployed(home: &Home) {
+    let ledger = SqliteLedger::new(Store::open(home.ledger_dir()).await.unwrap(), AppName::new("shop").unwrap());
+    let (mut record, etag) = ledger.load().await.unwrap().unwrap();
+    record.running = Some(Deployment {
+        revision: RevisionId::new("v0-1-0-abcdefgh").unwrap(),
+        key: OpKey::derive(&JobId::new("job-1").unwrap(), "revision", 1, &Nonce::new("0".repeat(32)).unwrap()),
+        version: "0.1.0".parse().unwrap(),
+        commit: CommitSha::new("0".repeat(40)).unwrap(),
+        images: BTreeMap::new(),
+        plan: Plan::default(),
+        reads_format: None,
+    });
+    ledger.commit(Some(&etag), &record, &[]).await.unwrap();
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use replank_core::check;
 use replank_core::format;
 use replank_core::history::Line;
 use replank_core::phase::Phase;
@@ -75,6 +76,7 @@ impl State {
         {
             self.violations.push("a job in flight was replaced by another one".to_owned());
         }
+        self.violations.extend(check::between(before, record).map(|misfit| misfit.to_string()));
         if record.generation < before.generation {
             self.violations.push("the generation went down".to_owned());
         }

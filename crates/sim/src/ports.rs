@@ -440,7 +440,7 @@ impl Recipes for Door {
 
 #[async_trait]
 impl Room for Door {
-    async fn look(&self) -> Vec<Checked> {
+    async fn look(&self, _: bool) -> Vec<Checked> {
         Vec::new()
     }
 }

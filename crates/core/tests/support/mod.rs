@@ -55,6 +55,7 @@ pub fn job(id: &str, minor: u64, mode: Mode) -> Job {
         accept_one_way: false,
         downgrade: None,
         data: Default::default(),
+        reached: Default::default(),
         extra: BTreeMap::new(),
     }
 }

@@ -86,7 +86,7 @@ impl Client {
         }
         let detail = self.body(response).await.ok().and_then(|body| {
             let value: Value = serde_json::from_slice(&body).ok()?;
-            Some(super::plain::line(value.get("detail")?.as_str()?, false))
+            Some(crate::plain::line(value.get("detail")?.as_str()?, false))
         });
         Err(self.refusal(status, detail))
     }

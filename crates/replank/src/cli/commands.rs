@@ -14,7 +14,6 @@ use serde_json::{Value, json};
 
 use super::client::Client;
 use super::failure::{Code, Failure};
-use super::plain::{self, Lines};
 use super::show::{self, Style};
 use super::watch::{Face, at_rest, watch};
 use super::{
@@ -25,6 +24,7 @@ use crate::assemble::Between;
 use crate::config::env::Environment;
 use crate::config::{FILE, Settings};
 use crate::http::row::Row;
+use crate::plain::{self, Lines};
 use crate::{verify, wiring};
 
 pub(super) type Done = Result<ExitCode, Failure>;
@@ -183,7 +183,8 @@ impl Run<'_> {
         let version =
             args.release.map(|v| v.parse::<Version>()).transpose().map_err(|e| Failure::usage(e.to_string()))?;
         let settings = self.settings()?;
-        Ok(wiring::deploy(wiring::DeployArgs { settings, version, json: self.global.json }).await?)
+        let actor = tokens::local_actor(self.env);
+        Ok(wiring::deploy(wiring::DeployArgs { settings, version, json: self.global.json, actor }).await?)
     }
 
     async fn status(&self, args: super::Status) -> Done {

@@ -8,8 +8,8 @@ use serde_json::json;
 
 use super::commands::{Done, Run};
 use super::failure::Code;
-use super::plain;
 use crate::doctor::{Checked, Patient, Verdict, examine};
+use crate::plain;
 
 pub const HELP: &str = "\
 Each check ends ok, with a warning, or failed, and says what to do. Nothing is changed: an

@@ -8,9 +8,9 @@ use serde_json::json;
 
 use super::commands::{Done, Run};
 use super::failure::{Code, Failure};
-use super::plain;
 use crate::config::FILE;
 use crate::init::{self, Outcome, Wishes, Written};
+use crate::plain;
 
 pub const HELP: &str = "\
 Each service of the compose file is one of these:

@@ -9,8 +9,9 @@ use serde_json::json;
 
 use super::commands::{Done, Run};
 use super::failure::{Code, Failure};
-use super::{Reason, plain, show, tokens};
+use super::{Reason, show, tokens};
 use crate::ledger_file::{self, Failed};
+use crate::plain;
 use replank_adapters::sqlite::Remembered;
 
 #[derive(Debug, Subcommand)]

@@ -6,7 +6,6 @@ mod doctor;
 pub(crate) mod failure;
 mod init;
 mod ledger;
-pub(crate) mod plain;
 mod plan;
 mod proxy;
 mod show;

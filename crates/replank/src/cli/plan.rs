@@ -8,9 +8,9 @@ use clap::Args;
 use super::client::Client;
 use super::commands::{Done, Run};
 use super::failure::{Code, Failure};
-use super::plain;
 use super::show::{self, Style, seconds};
 use crate::engine::planned::{Check, PlanRequest, UpgradePlan};
+use crate::plain;
 
 pub const HELP: &str = "\
 Exit codes:

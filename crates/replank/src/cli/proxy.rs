@@ -8,7 +8,8 @@ use serde_json::json;
 
 use super::commands::{Done, Run};
 use super::failure::{Code, Failure};
-use super::{Reason, plain, tokens};
+use super::{Reason, tokens};
+use crate::plain;
 use crate::proxy::ProxyArgs;
 use crate::proxy_upgrade::{self, Failed};
 

@@ -7,8 +7,8 @@ use jiff::tz::TimeZone;
 use replank_core::words::{Millis, Version};
 use serde_json::Value;
 
-use super::plain;
 use crate::http::row::Row;
+use crate::plain;
 
 /// How this process may write.
 #[derive(Debug, Clone)]
@@ -168,9 +168,15 @@ pub fn candidates(out: &mut dyn Write, found: &Value, style: &Style) -> io::Resu
     if found["configured"] == false {
         return writeln!(out, "no git remote is configured; add [source] to replank.toml");
     }
+    // It is so whether the remote answers or not.
+    let commits = found["commits_refused"].as_str().map(|why| plain::line(why, false));
+    let tell_commits = |out: &mut dyn Write| match &commits {
+        Some(why) => writeln!(out, "commits cannot be started: {why}"),
+        None => Ok(()),
+    };
     if let Some(error) = found["error"].as_str() {
         writeln!(out, "{} {}", style.bad("the remote cannot be read:"), plain::line(error, false))?;
-        return Ok(());
+        return tell_commits(out);
     }
     let running = text(found, "running_version");
     let offered = list("candidates");
@@ -193,7 +199,7 @@ pub fn candidates(out: &mut dyn Write, found: &Value, style: &Style) -> io::Resu
         let row = |c: &Value| vec![format!("  {}", text(c, "name")), text(c, "refused")];
         table(out, &refused.iter().map(row).collect::<Vec<_>>())?;
     }
-    Ok(())
+    tell_commits(out)
 }
 
 pub fn quarantine(out: &mut dyn Write, found: &Value, style: &Style) -> io::Result<()> {

@@ -9,9 +9,9 @@ use tokio::time::Instant;
 
 use super::client::Client;
 use super::failure::{Code, Failure};
-use super::plain::{self, Lines};
 use super::show::{Style, seconds};
 use crate::http::row::Row;
+use crate::plain::{self, Lines};
 
 /// First and longest wait before a new connection.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(3));

@@ -82,7 +82,7 @@ type Check<'a> = Pin<Box<dyn Future<Output = Finding> + Send + 'a>>;
 pub async fn examine(patient: Patient<'_>, limit: Duration) -> Vec<Checked> {
     let all: Vec<(&'static str, Check<'_>)> = vec![
         ("home", Box::pin(host::home(patient))),
-        ("memory", Box::pin(host::memory())),
+        ("memory", Box::pin(host::memory(patient, true))),
         ("engine", Box::pin(host::engine(patient))),
         ("disk", Box::pin(host::disk(patient))),
         ("git", Box::pin(outside::git(patient))),
@@ -94,27 +94,29 @@ pub async fn examine(patient: Patient<'_>, limit: Duration) -> Vec<Checked> {
         ("ledger", Box::pin(state::ledger(patient))),
         ("running", Box::pin(state::running(patient))),
     ];
-    join_all(all.into_iter().map(|(name, check)| timed(name, check, limit))).await
+    join_all(all.into_iter().map(|(name, check)| timed(name, check, limit, Verdict::Failed))).await
 }
 
-/// Longest that a plan waits for a look at this machine.
+/// Longest that a plan or a job waits for a look at this machine.
 const ROOM_MAX: Duration = Duration::from_secs(5);
 
-/// Disk and memory alone, for an upgrade's plan.
-pub async fn room(patient: Patient<'_>) -> Vec<Checked> {
+/// Disk and memory alone, for an upgrade's plan and for its job. `both`: what runs now will run beside what is started.
+pub async fn room(patient: Patient<'_>, both: bool) -> Vec<Checked> {
     let all: Vec<(&'static str, Check<'_>)> = vec![
         ("home", Box::pin(host::home(patient))),
-        ("memory", Box::pin(host::memory())),
+        ("memory", Box::pin(host::memory(patient, both))),
         ("disk", Box::pin(host::disk(patient))),
     ];
-    join_all(all.into_iter().map(|(name, check)| timed(name, check, ROOM_MAX))).await
+    join_all(all.into_iter().map(|(name, check)| timed(name, check, ROOM_MAX, Verdict::Warning))).await
 }
 
-async fn timed(name: &'static str, check: Check<'_>, limit: Duration) -> Checked {
+/// `late` is what a check comes to that does not end in time.
+async fn timed(name: &'static str, check: Check<'_>, limit: Duration, late: Verdict) -> Checked {
     let begun = Instant::now();
     let finding = tokio::time::timeout(limit, check).await.unwrap_or_else(|_| {
         let what = format!("this check did not end within {} s", limit.as_secs());
-        Finding::failed(what, "see whether what it asks hangs; --timeout gives it longer")
+        let advice = "see whether what it asks hangs; --timeout gives it longer".to_owned();
+        Finding { verdict: late, what, advice }
     });
     Checked { name, finding, ms: u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX) }
 }

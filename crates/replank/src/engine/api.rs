@@ -112,6 +112,8 @@ pub struct Candidates {
     pub candidates: Vec<TagRef>,
     /// Newer than running and refused, with the reason in `refused`.
     pub refused: Vec<TagRef>,
+    /// Why no commit of the tracking branch can be started here, whatever the record says; `None` where they can.
+    pub commits_refused: Option<String>,
     pub error: Option<String>,
 }
 

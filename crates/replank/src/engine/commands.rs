@@ -1,5 +1,6 @@
 //! Commands: each loads the record, records one event by compare-and-swap, and wakes the loop.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
@@ -9,7 +10,10 @@ use replank_core::data::closed_for;
 use replank_core::event::Event;
 use replank_core::history::Line;
 use replank_core::image::ImageId;
+use replank_core::phase::State;
 use replank_core::ports::{EscapeHatch, LedgerError, LogId};
+use replank_core::predict::Kind;
+use replank_core::progress::{self, Reached};
 use replank_core::record::{Actor, Downgrade, Head, Job, Latest, Quarantined, Record, TargetKind};
 use replank_core::transition::{Refused, apply_as, readable_to, undrifted};
 use replank_core::words::{CommitSha, ComponentName, IdempotencyKey, JobId, Millis, Nonce, Version};
@@ -37,6 +41,8 @@ pub(super) const START_REFS_MS: u64 = 10 * 60_000;
 pub(super) const MISSED_REFS_MS: u64 = 2_000;
 /// Longest wait for a word about one image of the way back: who rolls back is in a hurry, and no word is no refusal.
 const IMAGE_LOOK_MAX: Duration = Duration::from_secs(5);
+/// Longest wait for the history of earlier jobs: a start is acknowledged at once, and only the bar's proportions depend on it.
+const HISTORY_LOOK_MAX: Duration = Duration::from_millis(200);
 /// A loop that has not turned for this long is stuck; its longest regular step is an observation of at most a minute.
 const LOOP_STUCK_MS: u64 = 120_000;
 
@@ -136,6 +142,7 @@ impl LocalEngine {
             accept_one_way: request.accept_one_way,
             downgrade: None,
             data: Default::default(),
+            reached: Default::default(),
             extra: Default::default(),
         })
     }
@@ -184,7 +191,9 @@ impl LocalEngine {
         // Refused by the state before the release is looked at, so that the reason given is the first one.
         let event = Event::Start { job: Box::new(job.clone()), override_quarantine };
         apply_as(&record, &event, self.ports.clock.now(), self.setup.reads_format).map_err(refusal)?;
-        self.fits(&record, &job).await?;
+        let (fits, weights) = tokio::join!(self.fits(&record, &job), self.weights(&record, &job));
+        fits?;
+        let job = Job { reached: Reached { weights, ..Reached::default() }, ..job };
         self.commit(|record| {
             if repeated(record, key, &wanted)? || record.job.as_ref().is_some_and(|known| known.id == job.id) {
                 return Ok(Err(record.clone()));
@@ -193,6 +202,13 @@ impl LocalEngine {
             Ok(Ok(Event::Start { job: Box::new(job.clone()), override_quarantine }))
         })
         .await
+    }
+
+    /// What the phases of such a job weigh.
+    async fn weights(&self, record: &Record, job: &Job) -> BTreeMap<State, u64> {
+        let lines = tokio::time::timeout(HISTORY_LOOK_MAX, self.tail(record)).await.unwrap_or_default();
+        let kind = Kind { mode: job.mode, build_only: job.build_only };
+        progress::weights(&lines, kind, self.setup.policy.budgets.confirm_window)
     }
 
     /// Refuses what the release's own word stands against, as far as that can be had in time: the fetch reads it again, and a
@@ -307,6 +323,7 @@ impl Engine for LocalEngine {
                 running_version,
                 candidates: vec![],
                 refused: vec![],
+                commits_refused: None,
                 error: None,
             });
         };
@@ -317,7 +334,15 @@ impl Engine for LocalEngine {
             }
             Err(told) => (vec![], vec![], Some(told.sentence())),
         };
-        Ok(Candidates { configured: true, remote: Some(remote.shown()), running_version, candidates, refused, error })
+        Ok(Candidates {
+            configured: true,
+            remote: Some(remote.shown()),
+            running_version,
+            candidates,
+            refused,
+            commits_refused: remote.refuses_commits(),
+            error,
+        })
     }
 
     async fn check(&self, _actor: &Actor) -> Result<Record, Refusal> {

@@ -19,6 +19,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::fetch_log::FetchLog;
 use super::release::one_way;
+use super::room;
 use super::setup::{Ports, Setup, Shared};
 use crate::build_log::{Begin, BuildLog};
 
@@ -102,6 +103,8 @@ impl Executor {
         match action {
             Action::Fetch => {
                 let (job, source) = (self.job(record)?, self.source()?);
+                // Before anything is taken from anywhere: what does not fit costs nobody a build.
+                room::check(self.setup.room.as_ref(), record, job).await?;
                 let tree = self.tree(job, source.as_ref()).await?;
                 let fetched = self.setup.recipes.recipes(&tree, &job.target.version, record.running.as_ref()).await?;
                 // Looked at before the job where that could be had; what counts is what was fetched.
@@ -277,6 +280,8 @@ impl Executor {
         let Phase::Patching(patching) = &record.phase else {
             return Err(Fault::conflict("the job is no longer at this step"));
         };
+        // Once more, as builds take time and room: from here on both sides run.
+        room::check(self.setup.room.as_ref(), record, job).await?;
         let plan = platform.plan(&patching.fetched, &patching.images, &job.target.version).await?;
         self.protect(record, &patching.images, job.target.version.to_string()).await?;
         let mut escape_hatch = Vec::new();

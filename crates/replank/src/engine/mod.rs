@@ -10,6 +10,7 @@ mod plan;
 pub mod planned;
 mod reconcile;
 mod release;
+mod room;
 mod setup;
 
 pub use commands::LocalEngine;

@@ -8,7 +8,8 @@ use replank_core::decide::{Action, Decision, Ended, Streaks, TaskId, Tasks, View
 use replank_core::event::Event;
 use replank_core::fault::Class;
 use replank_core::phase::{Confirming, OpState, Phase, State};
-use replank_core::ports::{LedgerError, Observation, Presence};
+use replank_core::ports::{Etag, LedgerError, Observation, Presence};
+use replank_core::progress;
 use replank_core::record::Record;
 use replank_core::transition::apply_as;
 use replank_core::words::Millis;
@@ -39,7 +40,9 @@ pub struct Reconciler {
     handles: BTreeMap<TaskId, JoinHandle<()>>,
     results: mpsc::Receiver<(TaskId, Ended)>,
     streaks: Streaks,
-    seen_etag: Option<replank_core::ports::Etag>,
+    seen_etag: Option<Etag>,
+    /// When this process recorded last how far a job is.
+    told_progress: Millis,
     /// No turn has driven a job yet in this process.
     fresh: bool,
 }
@@ -68,6 +71,7 @@ impl Reconciler {
             results,
             streaks: Streaks::default(),
             seen_etag: None,
+            told_progress: Millis(0),
             fresh: true,
         }
     }
@@ -170,31 +174,7 @@ impl Reconciler {
         let decision =
             if resumed { Decision::Record(Event::TookOver { by: self.setup.me.clone() }) } else { decide(&view) };
         match decision {
-            Decision::Record(event) => {
-                let commit = match apply_as(&record, &event, now, self.setup.reads_format) {
-                    Ok(commit) => commit,
-                    Err(refused) => {
-                        // A decision that the transitions refuse is a defect; it must not spin.
-                        tracing::error!(event = event.name(), error = %refused, "a decision was refused");
-                        return Ok(Some(Turn::Until(Some(now.plus(5_000)))));
-                    }
-                };
-                match self.ports.ledger.commit(Some(&etag), &commit.record, &commit.lines).await {
-                    Ok(etag) => {
-                        let (from, to) = (record.phase.state().name(), commit.record.phase.state().name());
-                        tracing::info!(event = event.name(), from, to, "recorded");
-                        self.seen_etag = Some(etag);
-                        if from != to {
-                            self.shared.entered();
-                        }
-                        self.shared.record_changed();
-                    }
-                    // Loading again tells what came of it, in both cases.
-                    Err(LedgerError::Conflict | LedgerError::Indeterminate(_)) => {}
-                    Err(error @ (LedgerError::Unavailable(_) | LedgerError::Unreadable(_))) => return Err(error),
-                }
-                Ok(Some(Turn::Again))
-            }
+            Decision::Record(event) => self.record(&record, &etag, &event, now).await.map(Some),
             // One change of the platform at a time: two of them in different directions would only undo each other.
             Decision::Act(Action::Change { .. }) if self.tasks.running.iter().any(is_change) => {
                 Ok(Some(Turn::Until(None)))
@@ -204,6 +184,15 @@ impl Reconciler {
                 Ok(Some(Turn::Again))
             }
             Decision::Wait { until, why } => {
+                // How far the job is, is recorded where there is nothing better to do, and by nobody but its driver.
+                let in_flight = driving && record.phase.state().in_flight();
+                let due = in_flight.then(|| progress::due(&record, &self.shared.live.borrow().progress, now)).flatten();
+                if let Some(percent) = due.filter(|_| now.since(self.told_progress) >= progress::TOLD_EVERY) {
+                    self.told_progress = now;
+                    return self.record(&record, &etag, &Event::Progressed { percent }, now).await.map(Some);
+                }
+                let told_again = in_flight.then(|| now.plus(progress::TOLD_EVERY));
+                let until = [until, told_again].into_iter().flatten().min();
                 self.shared.publish(|live| {
                     live.next_action = why;
                     live.next_deadline = match &record.phase {
@@ -214,6 +203,35 @@ impl Reconciler {
                 Ok(Some(Turn::Until(until)))
             }
         }
+    }
+
+    /// Writes down what was decided.
+    async fn record(&mut self, record: &Record, etag: &Etag, event: &Event, now: Millis) -> Result<Turn, LedgerError> {
+        let commit = match apply_as(record, event, now, self.setup.reads_format) {
+            Ok(commit) => commit,
+            Err(refused) => {
+                // A decision that the transitions refuse is a defect; it must not spin.
+                tracing::error!(event = event.name(), error = %refused, "a decision was refused");
+                return Ok(Turn::Until(Some(now.plus(5_000))));
+            }
+        };
+        match self.ports.ledger.commit(Some(etag), &commit.record, &commit.lines).await {
+            Ok(etag) => {
+                let (from, to) = (record.phase.state().name(), commit.record.phase.state().name());
+                if !commit.lines.is_empty() {
+                    tracing::info!(event = event.name(), from, to, "recorded");
+                }
+                self.seen_etag = Some(etag);
+                if from != to {
+                    self.shared.entered();
+                }
+                self.shared.record_changed();
+            }
+            // Loading again tells what came of it, in both cases.
+            Err(LedgerError::Conflict | LedgerError::Indeterminate(_)) => {}
+            Err(error @ (LedgerError::Unavailable(_) | LedgerError::Unreadable(_))) => return Err(error),
+        }
+        Ok(Turn::Again)
     }
 
     /// The first record of an application.

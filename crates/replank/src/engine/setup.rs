@@ -66,8 +66,8 @@ pub trait Recipes: Send + Sync + std::fmt::Debug {
 /// What this machine has left for an upgrade.
 #[async_trait]
 pub trait Room: Send + Sync + std::fmt::Debug {
-    /// Disk and memory, each by name. Bounded in time; changes nothing.
-    async fn look(&self) -> Vec<Checked>;
+    /// Disk and memory, each by name. Bounded in time; changes nothing. `both`: what runs now will run beside what is started.
+    async fn look(&self, both: bool) -> Vec<Checked>;
 }
 
 /// Who this controller is and how it was configured.

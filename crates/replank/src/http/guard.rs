@@ -7,21 +7,15 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
-use replank_core::mask::mask_sentence;
-use replank_core::ports::Refusal;
 use replank_core::record::Actor;
 
 use super::errors::ApiError;
 use super::serve::Peer;
 use super::{App, Http};
+use crate::refusals::{self, Asked};
 
 /// Answered under any host name, since a platform probes by address, and nothing in them is worth rebinding for.
 pub const OPEN: [&str; 3] = ["/api/health", "/livez", "/readyz"];
-
-/// Longest method and path that are written down with a refusal.
-const ACTION_MAX: usize = 128;
-/// Longest reason that is: it may repeat some of what was asked for.
-const WHY_MAX: usize = 500;
 
 const HEADERS: [(HeaderName, &str); 6] = [
     (
@@ -52,16 +46,8 @@ impl Http {
     }
 
     async fn write_down(&self, actor: &str, from: &str, action: &str, why: &str) {
-        let refusal = Refusal {
-            at: self.clock.now(),
-            actor: actor.to_owned(),
-            from: from.to_owned(),
-            action: mask_sentence(action, ACTION_MAX),
-            why: mask_sentence(why, WHY_MAX),
-        };
-        if let Err(error) = self.tokens.refused(&refusal).await {
-            tracing::warn!(%error, action = %refusal.action, why, "a refusal was not written down");
-        }
+        let asked = Asked { at: self.clock.now(), actor, from, action };
+        refusals::write_down(self.tokens.as_ref(), asked, why).await;
     }
 }
 

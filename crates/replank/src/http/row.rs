@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use replank_core::fault::Told;
 use replank_core::image::Images;
-use replank_core::phase::{Mode, Op, Phase, State, Swap, WayBack};
+use replank_core::phase::{Phase, State, Swap, WayBack};
+use replank_core::progress;
 use replank_core::record::{Record, TargetKind};
 use replank_core::words::{ComponentName, Millis};
 use serde::{Deserialize, Serialize};
@@ -15,18 +16,6 @@ use crate::engine::api::Live;
 
 /// Contract §1.
 const DETAIL_MAX: usize = 240;
-
-/// Where each phase begins on the bar, in percent. Weights come from what phases take in practice: building is most of
-/// an upgrade, starting and proving most of the rest (lesson 32). In single mode the rollout runs to the end of the bar.
-mod weight {
-    pub const FETCHING: u32 = 2;
-    pub const BUILDING: u32 = 5;
-    pub const PATCHING: u32 = 70;
-    pub const ROLLING_OUT: u32 = 73;
-    pub const VALIDATING: u32 = 86;
-    pub const CONFIRMING: u32 = 93;
-    pub const DONE: u32 = 100;
-}
 
 /// One application: what runs, what is newest, what is going on. Absent texts are empty; times are RFC 3339, UTC.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -51,6 +40,7 @@ pub struct Row {
     pub started_at: String,
     #[schema(max_length = 240)]
     pub phase_detail: String,
+    /// How far the job is, in percent. Grows within one job; a rollback begins at 0.
     #[schema(maximum = 100)]
     pub phase_progress: u32,
     pub build_log_blob: String,
@@ -198,7 +188,7 @@ impl Row {
             started_by_oid: text(job.map(|j| &j.actor.oid)),
             started_at: time(job.map(|j| j.started_at)),
             phase_detail: cut(&detail(record, live, &components), DETAIL_MAX),
-            phase_progress: progress(&record.phase, job.map(|j| j.mode), &components),
+            phase_progress: progress::shown(record),
             build_log_blob: text(job.map(|j| format!("upgrade-logs/{}", j.id))),
             rollback_available_until: time(record.snapshot.as_ref().map(|s| s.keep_until)),
             green_revision: colours.green,
@@ -305,47 +295,6 @@ fn components(record: &Record, live: &Live) -> BTreeMap<String, Component> {
         (name.to_string(), component)
     };
     building.fetched.recipes.keys().map(one).collect()
-}
-
-/// How far a phase of `from..to` percent is, after `done` of `total` parts.
-fn between(from: u32, to: u32, done: usize, total: usize) -> u32 {
-    let span = (to - from) as usize;
-    from + (span * done.min(total)).checked_div(total).unwrap_or(0) as u32
-}
-
-/// The changes of a whole swap, for the bar only.
-const OPS: [Op; 7] =
-    [Op::PinTraffic, Op::StopOld, Op::StartNew, Op::CutOver, Op::StopOldLate, Op::StartNewLate, Op::Settle];
-
-fn observed(swap: &Swap) -> usize {
-    OPS.iter().filter(|op| swap.is_observed(**op)).count()
-}
-
-fn progress(phase: &Phase, mode: Option<Mode>, components: &BTreeMap<String, Component>) -> u32 {
-    use weight::*;
-    let rollout_end = if mode == Some(Mode::Single) { DONE - 1 } else { VALIDATING };
-    match phase {
-        Phase::Idle | Phase::Queued => 0,
-        Phase::Fetching => FETCHING,
-        Phase::Building(_) => {
-            const WHOLE: usize = 1_000;
-            let parts = components.values().map(|c| match c.state.as_str() {
-                "built" => WHOLE,
-                _ => (c.done as usize * WHOLE).checked_div(c.total as usize).unwrap_or(0).min(WHOLE),
-            });
-            between(BUILDING, PATCHING, parts.sum(), components.len() * WHOLE)
-        }
-        Phase::Patching(_) => PATCHING,
-        Phase::RollingOut(swap) => between(ROLLING_OUT, rollout_end, observed(swap), OPS.len()),
-        Phase::Validating(_) => VALIDATING,
-        Phase::Confirming(_) => CONFIRMING,
-        Phase::Succeeded { .. } | Phase::RolledBack { .. } => DONE,
-        // Nothing was changed, so nothing is done.
-        Phase::FailedPre { .. } => 0,
-        Phase::FailedRollout { swap, .. } => between(ROLLING_OUT, rollout_end, observed(swap), OPS.len()),
-        Phase::RollingBack(back) => between(0, DONE - 1, observed(&back.swap), OPS.len()),
-        Phase::RollbackFailed { swap, .. } => between(0, DONE - 1, observed(swap), OPS.len()),
-    }
 }
 
 fn detail(record: &Record, live: &Live, components: &BTreeMap<String, Component>) -> String {

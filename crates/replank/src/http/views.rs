@@ -40,6 +40,10 @@ pub struct Candidates {
     pub candidates: Vec<Candidate>,
     /// Newer than what runs, and not offered.
     pub refused: Vec<Candidate>,
+    /// Why no commit of the tracking branch can be started, whatever `track_commits` says; absent where they can.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = String, required = false)]
+    pub commits_refused: Option<String>,
     /// Why the remote could not be read; the lists are empty then.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = String, required = false)]
@@ -109,6 +113,7 @@ impl From<api::Candidates> for Candidates {
             running_version: found.running_version,
             candidates: found.candidates.iter().map(Candidate::from).collect(),
             refused: found.refused.iter().map(Candidate::from).collect(),
+            commits_refused: found.commits_refused,
             error: found.error,
         }
     }

@@ -11,7 +11,7 @@ use replank_core::words::ContainerName;
 
 use super::plan::{Kind, Plan, Port, Service};
 use super::reading::Reading;
-use crate::cli::plain;
+use crate::plain;
 
 /// Where comments are wrapped.
 const WIDTH: usize = 110;

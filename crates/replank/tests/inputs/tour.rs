@@ -67,6 +67,13 @@ fn every_command_answers_a_new_user() {
     refused(&show(&rig, &["deploy", "nonsense"]), 2, &["nonsense"]);
     well(&rig, &["deploy"], &["building", "0.1.0 runs as revision"]);
     refused(&show(&rig, &["deploy"]), 1, &["deployed already", "replank start"]);
+    // Before there was a service, and kept for whoever asks later.
+    let refusals = show(&rig, &["history", "--refusals"]);
+    assert!(
+        said(&refusals).contains("deploy 9.9.9") && said(&refusals).contains("deployed already"),
+        "{}",
+        said(&refusals)
+    );
     rig.serve();
     all_that_an_upgrade_needs_is_there(&rig);
 

@@ -74,6 +74,7 @@ pub fn job(version: &str) -> Job {
         accept_one_way: false,
         downgrade: None,
         data: Default::default(),
+        reached: Default::default(),
         extra: BTreeMap::new(),
     }
 }
@@ -154,6 +155,7 @@ impl Engine for Double {
                 running_version: "0.1.0".into(),
                 candidates: vec![],
                 refused: vec![],
+                commits_refused: None,
                 error: None,
             });
         }
@@ -163,6 +165,7 @@ impl Engine for Double {
             running_version: "0.1.0".into(),
             candidates: vec![tag("0.2.0", None)],
             refused: vec![tag("0.3.0", Some("the tag was moved"))],
+            commits_refused: Some("only signed tags are accepted\u{1b}[2J".into()),
             error: None,
         })
     }

@@ -27,8 +27,9 @@ use super::planned::{
 };
 use super::reconcile::describe;
 use super::release::{self, PLAN_WAITS, Release, Word};
-use crate::cli::plain;
+use super::room;
 use crate::doctor::{Checked, Verdict};
+use crate::plain;
 
 /// The end of the history that predictions rest on: some thirty jobs of usual length.
 const HISTORY_MAX: u64 = 2_000;
@@ -78,11 +79,15 @@ impl LocalEngine {
             return Err(Refusal::Conflict("no remote is configured; set source.remote in replank.toml".to_owned()));
         };
         let release = release::read(looks, self.setup.recipes.as_ref(), &target, running, PLAN_WAITS);
-        let (release, room, way_back, lines) =
-            tokio::join!(release, self.setup.room.look(), self.planned_way_back(&record), self.tail(&record));
+        let (release, found, way_back, lines) = tokio::join!(
+            release,
+            room::look(self.setup.room.as_ref(), &record, &job),
+            self.planned_way_back(&record),
+            self.tail(&record)
+        );
         checks.push(of_manifest(&release, &record, &job));
         checks.push(way_back);
-        checks.extend(room.into_iter().map(of_room));
+        checks.extend(found.into_iter().map(of_room));
         let (fetched, unknown) = match &release.manifest {
             Word::Read(reading) => (Some(&reading.fetched), String::new()),
             Word::Unfit(told) => (None, told.sentence()),
@@ -192,8 +197,8 @@ impl LocalEngine {
         }
     }
 
-    /// The end of the history; without it nothing is predicted, and the plan stands all the same.
-    async fn tail(&self, record: &Record) -> Vec<Line> {
+    /// The end of the history; without it nothing is predicted, and all else stands.
+    pub(super) async fn tail(&self, record: &Record) -> Vec<Line> {
         let (mut lines, end) = (Vec::new(), record.history.count);
         let mut from = end.saturating_sub(HISTORY_MAX);
         while from < end {
@@ -301,12 +306,13 @@ fn of_manifest(release: &Release, record: &Record, job: &Job) -> Check {
 }
 
 fn of_room(found: Checked) -> Check {
-    // A start does not look at these, so they refuse none.
+    // A start does not wait for these looks, so they refuse none: the job itself makes them first.
+    let lacks = room::lacks(&found).map(|told| format!("the job would fail before anything is built: {}", told.what));
     let verdict = match found.finding.verdict {
         Verdict::Ok => "ok",
         Verdict::Warning | Verdict::Failed => "warning",
     };
-    check(found.name, verdict, found.finding.what, found.finding.advice)
+    check(found.name, verdict, lacks.unwrap_or(found.finding.what), found.finding.advice)
 }
 
 fn on_failure(job: &Job) -> Vec<String> {

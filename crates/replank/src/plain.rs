@@ -1,4 +1,5 @@
-//! Hostile text made safe for a terminal: only colours survive; everything else that steers it is made visible.
+//! Hostile text made safe for a terminal: only colours survive; everything else that steers it is made visible. The plan, the
+//! generated configuration and the commands show such text, and none of them has to know of another.
 
 use replank_core::mask::is_obeyed;
 
