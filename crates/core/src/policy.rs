@@ -76,6 +76,8 @@ pub struct Policy {
     pub observe_at_rest: u64,
     /// How long what runs has to differ from what was recorded before it is told: longer than a container takes to restart.
     pub drift_after: u64,
+    /// How often the driver records how far a job is at most: often enough for a bar, and a hundred small commits for a long job.
+    pub progress_every: u64,
 }
 
 impl Default for Policy {
@@ -103,6 +105,7 @@ impl Default for Policy {
             prove_every: 100,
             observe_at_rest: 15 * SECOND,
             drift_after: 30 * SECOND,
+            progress_every: 2 * SECOND,
         }
     }
 }

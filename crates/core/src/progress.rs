@@ -15,9 +15,6 @@ use crate::predict::{Kind, Spread, predict};
 use crate::record::{Deployment, Job, Overlap, Record};
 use crate::words::{ComponentName, Millis};
 
-/// How often the driver records an estimate at most: often enough for a bar, and a hundred small commits for a long job.
-pub const TOLD_EVERY: u64 = 2_000;
-
 /// The whole way of a job, and of a phase, in the parts that are counted in here.
 const WHOLE: u64 = 1_000_000;
 /// Where a phase of exactly its usual length stands at its end by time alone. One that takes longer comes nearer to the end from

@@ -210,7 +210,14 @@ impl Platform for Door<dyn Platform> {
     }
 
     async fn change(&self, change: &Change) -> Result<(), Fault> {
-        self.effect(&format!("change {}", point::change(change)), self.inner.change(change)).await
+        let step = format!("change {}", point::change(change));
+        if !self.gate.waits_behind(&step) {
+            return self.effect(&step, self.inner.change(change)).await;
+        }
+        // A controller that sees the change before this call comes back gives the call up; the fault is to strike all the same.
+        let (door, change) = (Self { inner: self.inner.clone(), gate: self.gate.clone() }, change.clone());
+        let made = tokio::spawn(async move { door.effect(&step, door.inner.change(&change)).await });
+        made.await.map_err(|gone| Fault::indeterminate("the change was not waited for").because(gone))?
     }
 
     async fn run_step(

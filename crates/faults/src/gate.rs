@@ -64,12 +64,20 @@ impl Gate {
         *self.phase.lock().unwrap_or_else(PoisonError::into_inner) = state;
     }
 
+    /// Whether a fault is armed for after this step.
+    pub fn waits_behind(&self, step: &str) -> bool {
+        let armed = self.armed();
+        armed.is_some_and(|point| point.side == Side::After && point.step.0 == step)
+    }
+
+    fn armed(&self) -> Option<Point> {
+        serde_json::from_slice(&fs::read(self.directory.join(ARMED)).ok()?).ok()
+    }
+
     /// Comes past one side of a step. An error is the fault that strikes there.
     pub async fn pass(&self, step: &str, side: Side) -> Result<(), Class> {
         self.trace(step, side);
-        let armed = self.directory.join(ARMED);
-        let Ok(bytes) = fs::read(&armed) else { return Ok(()) };
-        let Ok(point) = serde_json::from_slice::<Point>(&bytes) else { return Ok(()) };
+        let Some(point) = self.armed() else { return Ok(()) };
         if point.side != side || point.step != Step(step.to_owned()) {
             return Ok(());
         }
@@ -79,7 +87,7 @@ impl Gate {
             return Ok(());
         }
         // Whoever moves the file is the one that is struck.
-        if fs::rename(&armed, self.directory.join(STRUCK)).is_err() {
+        if fs::rename(self.directory.join(ARMED), self.directory.join(STRUCK)).is_err() {
             return Ok(());
         }
         let effect = point.effect;

@@ -29,6 +29,7 @@ use replank_core::transition::apply;
 use replank_core::words::*;
 use serde_json::Value;
 use support::{Hand, SHA, deployment, name, record};
+use tokio_util::task::AbortOnDropHandle;
 
 /// What the remote's credential is, which nothing may show.
 const SECRET: &str = "hunter2-of-the-remote";
@@ -394,6 +395,45 @@ async fn a_rollback_to_a_controller_that_could_not_read_the_record_is_refused_in
             assert_eq!(answer.unwrap().phase.state(), State::RollingBack);
         }
     }
+}
+
+/// Found by the simulation: a failed release whose controller is older drove on, unable to read what its sibling had written, and
+/// nobody took over from one whose heart beat.
+#[tokio::test(start_paused = true)]
+async fn who_cannot_read_the_record_no_longer_says_that_it_drives() {
+    let world = World::new(record(), Has, None).await;
+    let ledger = &world.ports.ledger;
+    let reconciler = Reconciler::new(world.ports.clone(), world.setup.clone(), world.shared.clone());
+    let _run = AbortOnDropHandle::new(tokio::spawn(reconciler.run(|_| false)));
+    let beat = async || ledger.presences().await.unwrap().first().map(|presence| presence.at);
+    let soon = Duration::from_secs(600);
+    let alive = async {
+        while beat().await.is_none() {
+            tokio::time::sleep(Duration::from_secs(1)).await
+        }
+    };
+    tokio::time::timeout(soon, alive).await.expect("the heart beats");
+    world.later(1_000);
+    let again = async {
+        while beat().await != Some(world.clock.now()) {
+            tokio::time::sleep(Duration::from_secs(1)).await
+        }
+    };
+    tokio::time::timeout(soon, again).await.expect("the heart goes on beating");
+
+    let (mut raised, etag) = ledger.load().await.unwrap().unwrap();
+    raised.min_reader = replank_core::format::FORMAT + 1;
+    ledger.commit(Some(&etag), &raised, &[]).await.unwrap();
+    let shut_out = async {
+        while !world.shared.is_shut_out() {
+            tokio::time::sleep(Duration::from_secs(1)).await
+        }
+    };
+    tokio::time::timeout(soon, shut_out).await.expect("the loop comes to see it");
+    let last = world.clock.now();
+    world.later(60_000);
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(beat().await, Some(last), "the record belongs to whoever can read it");
 }
 
 #[tokio::test]

@@ -223,6 +223,8 @@ fn policy() -> Policy {
         keep_containers: 120 * SECOND,
         keep_images: 1_800 * SECOND,
         clean_up_every: 300 * SECOND,
+        // Seldom, as it is what happens least in these: a job takes a minute here.
+        progress_every: 20 * SECOND,
         ..Policy::default()
     }
 }

@@ -35,6 +35,9 @@ pub(super) fn decide(view: &View<'_>) -> Decision {
         if let Some(event) = proved_serves(view, serving, seen) {
             return Decision::Record(event);
         }
+        if !takes_requests(seen, serving) {
+            return as_decision(bring_back(view, serving, seen));
+        }
         if record.generation <= traffic.generation {
             let why = "traffic was seen elsewhere than recorded".to_owned();
             return Decision::Record(Event::RepairIntended { why });
@@ -50,7 +53,8 @@ pub(super) fn decide(view: &View<'_>) -> Decision {
     // the proved one is all that returns after a reboot.
     let held = !is_proved || matches!(record.phase, Phase::FailedRollout { .. } | Phase::RollbackFailed { .. });
     if held {
-        if let Some(step) = one_of_each(view, serving, seen).or_else(|| halt_doubles(view, serving, seen)) {
+        let runs = |name: &ContainerName| is_running(seen, serving, name);
+        if let Some(step) = one_of_each(view, serving, seen, runs).or_else(|| halt_doubles(view, serving, seen, runs)) {
             return as_decision(step);
         }
         // What was proved and serves has to return, also where going back to it was given up before it was settled.
@@ -140,6 +144,22 @@ fn proved_serves(view: &View<'_>, serving: &Deployment, seen: &Observation) -> O
     })
 }
 
+/// A reboot can leave nothing to serve: what was proved last had been told not to return, as its successor was proved, and that one
+/// fell before this was recorded. Then what serves by the record comes back, as it stood.
+fn bring_back(view: &View<'_>, serving: &Deployment, seen: &Observation) -> Step {
+    let containers: BTreeSet<_> = serving.plan.containers.keys().cloned().collect();
+    let will_run = |name: &ContainerName| containers.contains(name);
+    let doubles = one_of_each(view, serving, seen, will_run).or_else(|| halt_doubles(view, serving, seen, will_run));
+    doubles.unwrap_or_else(|| {
+        view.act("repair-start", 1, Change::Start { deployment: serving.clone(), containers: containers.clone() })
+    })
+}
+
+fn is_running(seen: &Observation, deployment: &Deployment, name: &ContainerName) -> bool {
+    let container = seen.revisions.get(&deployment.revision).and_then(|there| there.containers.get(name));
+    container.is_some_and(|c| c.running == Running::Running)
+}
+
 /// What a failed job left in the registry is removed at once; what could not be is tried again daily, and after each failure.
 fn purge(view: &View<'_>) -> Option<Decision> {
     let task = view.task(PURGE, 1);
@@ -182,17 +202,21 @@ fn is_clean_up_due(view: &View<'_>) -> bool {
 }
 
 /// While a failure is held nothing is tidied, but a late start may not leave two of what may not overlap (lesson 35): the
-/// one in what serves stays, or else the one in what was proved last; the others stop.
-fn one_of_each(view: &View<'_>, serving: &Deployment, seen: &Observation) -> Option<Step> {
+/// one in what serves stays, or else the one in what was proved last; the others stop. `serves` says which ones what serves has.
+fn one_of_each(
+    view: &View<'_>,
+    serving: &Deployment,
+    seen: &Observation,
+    serves: impl Fn(&ContainerName) -> bool,
+) -> Option<Step> {
     let record = view.record;
     let swap = record.phase.swap();
     let snapshot = record.snapshot.as_ref().map(|s| &s.deployment);
     let (from, to) = (swap.and_then(|s| s.from.as_ref()), swap.map(|s| &s.to));
     let known: Vec<_> = [Some(serving), record.running.as_ref(), from, to, snapshot].into_iter().flatten().collect();
-    let runs = |d: &Deployment, name: &ContainerName| {
-        let revision = seen.revisions.get(&d.revision);
-        let container = revision.and_then(|r| r.containers.get(name));
-        container.is_some_and(|c| c.running == Running::Running)
+    let runs = |d: &Deployment, name: &ContainerName| match d.revision == serving.revision {
+        true => serves(name),
+        false => is_running(seen, d, name),
     };
     for (at, beside) in known.iter().enumerate() {
         let before = &known[..at];
@@ -219,7 +243,12 @@ fn one_of_each(view: &View<'_>, serving: &Deployment, seen: &Observation) -> Opt
 
 /// The same for what no part of the record knows: a start of an earlier job that arrives late. What is held is this job's, so
 /// that one stops as a whole, as the next swap would stop it.
-fn halt_doubles(view: &View<'_>, serving: &Deployment, seen: &Observation) -> Option<Step> {
+fn halt_doubles(
+    view: &View<'_>,
+    serving: &Deployment,
+    seen: &Observation,
+    serves: impl Fn(&ContainerName) -> bool,
+) -> Option<Step> {
     let runs = |there: &RevisionSeen, name: &ContainerName| {
         there.containers.get(name).is_some_and(|c| c.running == Running::Running)
     };
@@ -231,7 +260,7 @@ fn halt_doubles(view: &View<'_>, serving: &Deployment, seen: &Observation) -> Op
     let (stray, _) = view.strays_beside(&held, seen).find(|(id, there)| {
         let others = || seen.revisions.iter().filter(|(other, _)| other != id);
         let mut names = there.containers.keys().filter(single).filter(|name| runs(there, name));
-        names.any(|name| others().any(|(_, other)| runs(other, name)))
+        names.any(|name| serves(name) || others().any(|(_, other)| runs(other, name)))
     })?;
     Some(view.act("halt-stray", 1, Change::Halt { revision: stray.clone() }))
 }

@@ -78,12 +78,15 @@ impl Reconciler {
 
     /// Runs until `done` says so after a turn. Dropping the future stops the loop; its tasks stop with it.
     pub async fn run(mut self, mut done: impl FnMut(&Record) -> bool) {
-        let _beating = AbortOnDropHandle::new(tokio::spawn(beat(self.ports.clone(), self.setup.clone())));
+        let _beating =
+            AbortOnDropHandle::new(tokio::spawn(beat(self.ports.clone(), self.setup.clone(), self.shared.clone())));
         let mut trouble = Duration::ZERO;
         loop {
             self.shared.turned(self.ports.clock.now());
             self.shared.telemetry.turn();
-            match self.turn(&mut done).await {
+            let turn = self.turn(&mut done).await;
+            self.shared.set_shut_out(matches!(turn, Err(LedgerError::Unreadable(_))));
+            match turn {
                 Ok(None) => return,
                 Ok(Some(Turn::Again)) => trouble = Duration::ZERO,
                 Ok(Some(Turn::Until(until))) => {
@@ -187,11 +190,12 @@ impl Reconciler {
                 // How far the job is, is recorded where there is nothing better to do, and by nobody but its driver.
                 let in_flight = driving && record.phase.state().in_flight();
                 let due = in_flight.then(|| progress::due(&record, &self.shared.live.borrow().progress, now)).flatten();
-                if let Some(percent) = due.filter(|_| now.since(self.told_progress) >= progress::TOLD_EVERY) {
+                if let Some(percent) = due.filter(|_| now.since(self.told_progress) >= self.setup.policy.progress_every)
+                {
                     self.told_progress = now;
                     return self.record(&record, &etag, &Event::Progressed { percent }, now).await.map(Some);
                 }
-                let told_again = in_flight.then(|| now.plus(progress::TOLD_EVERY));
+                let told_again = in_flight.then(|| now.plus(self.setup.policy.progress_every));
                 let until = [until, told_again].into_iter().flatten().min();
                 self.shared.publish(|live| {
                     live.next_action = why;
@@ -346,7 +350,8 @@ fn is_wanted(task: &TaskId, record: &Record) -> bool {
     }
 }
 
-async fn beat(ports: Ports, setup: Arc<Setup>) {
+/// Says that this controller is there, unless it could only stand in the way of one that can read the record.
+async fn beat(ports: Ports, setup: Arc<Setup>, shared: Arc<Shared>) {
     loop {
         let presence = Presence {
             controller: setup.me.clone(),
@@ -355,7 +360,9 @@ async fn beat(ports: Ports, setup: Arc<Setup>) {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             at: ports.clock.now(),
         };
-        if let Err(error) = ports.ledger.beat(&presence).await {
+        if !shared.is_shut_out()
+            && let Err(error) = ports.ledger.beat(&presence).await
+        {
             tracing::warn!(error = %describe(&error), "the heartbeat was not written");
         }
         tokio::time::sleep(BEAT_EVERY).await;

@@ -1,7 +1,7 @@
 //! What one controller is made of: its ports, who it is, and what its loop and its commands share.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
 use async_trait::async_trait;
 use replank_core::fault::{Fault, Told};
@@ -115,6 +115,8 @@ pub struct Shared {
     /// What happened is told there too; nothing is read from it.
     pub telemetry: Arc<Telemetry>,
     last_turn: AtomicI64,
+    /// The record was written by a newer Replank while this one ran: who cannot read it drives nothing.
+    shut_out: AtomicBool,
 }
 
 impl Default for Shared {
@@ -126,7 +128,7 @@ impl Default for Shared {
 impl Shared {
     pub fn new(telemetry: Arc<Telemetry>) -> Self {
         let live = watch::Sender::new(Live::default());
-        Self { wake: Notify::new(), live, telemetry, last_turn: AtomicI64::new(0) }
+        Self { wake: Notify::new(), live, telemetry, last_turn: AtomicI64::new(0), shut_out: AtomicBool::new(false) }
     }
 
     pub fn woken(&self) {
@@ -162,6 +164,14 @@ impl Shared {
     pub fn turned(&self, now: Millis) {
         self.last_turn.store(now.0, Ordering::Relaxed);
         self.telemetry.loop_lives(now);
+    }
+
+    pub fn set_shut_out(&self, is_shut_out: bool) {
+        self.shut_out.store(is_shut_out, Ordering::Relaxed);
+    }
+
+    pub fn is_shut_out(&self) -> bool {
+        self.shut_out.load(Ordering::Relaxed)
     }
 
     /// When the loop last began a turn.
