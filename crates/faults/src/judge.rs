@@ -23,8 +23,9 @@ use serde_json::Value;
 
 use crate::rig::Rig;
 
-/// What follows a job at rest (the old side stops, its controller hands over) is over by then.
-const AFTERMATH_LIMIT: Duration = Duration::from_secs(45);
+/// What follows a job at rest (the old side stops, its controller hands over) is over by then, also where one of these was refused
+/// for good: that is tried again after a minute.
+const AFTERMATH_LIMIT: Duration = Duration::from_secs(100);
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// Lines of a history; a matrix's installation records some ten thousand.
 const HISTORY_MAX: usize = 1_000_000;

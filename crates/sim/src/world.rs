@@ -224,7 +224,7 @@ fn policy() -> Policy {
         keep_images: 1_800 * SECOND,
         clean_up_every: 300 * SECOND,
         // Seldom, as it is what happens least in these: a job takes a minute here.
-        progress_every: 20 * SECOND,
+        progress_every: 60 * SECOND,
         ..Policy::default()
     }
 }

@@ -63,7 +63,9 @@ fn pattern_of(
             .advice("configure a container of that component, which is not the controller")
     })?;
     Ok(ContainerConfig {
-        command: Some(command.to_vec()),
+        // Its words are all that runs: behind an entry point that takes no commands they would start the application once more.
+        entrypoint: Some(command.to_vec()),
+        command: None,
         probe: None,
         overlap: None,
         depends_on: Default::default(),
