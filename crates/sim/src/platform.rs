@@ -134,6 +134,9 @@ pub(crate) fn carry_out(world: &Arc<World>, change: &Change, partly: bool) -> Re
             if state.platform.traffic.as_ref() == Some(revision) {
                 return Err(conflict("traffic goes there"));
             }
+            if state.platform.revisions.get(revision).is_some_and(Revision::runs) {
+                return Err(conflict("it runs"));
+            }
             is_not_needed(&mut state, revision, "removed");
             process::end(&mut state, revision);
             state.platform.revisions.remove(revision);
@@ -144,7 +147,10 @@ pub(crate) fn carry_out(world: &Arc<World>, change: &Change, partly: bool) -> Re
 
 fn is_not_needed(state: &mut State, revision: &RevisionId, what: &str) {
     let Some(r) = state.ledger.record.clone() else { return };
-    let in_flight = r.phase.swap().filter(|_| r.phase.state().in_flight()).map(|s| &s.to);
+    // What a job would start, and what is not started: a removal that was under way when a rollback began takes it, and the
+    // rollback makes it anew.
+    let runs = state.platform.revisions.get(revision).is_some_and(Revision::runs);
+    let in_flight = r.phase.swap().filter(|_| runs && r.phase.state().in_flight()).map(|s| &s.to);
     // The snapshot's containers go after their time; its images are what stays.
     let needed = [r.running.as_ref(), r.serving.as_ref(), in_flight];
     if needed.into_iter().flatten().any(|d| d.revision == *revision) {

@@ -161,6 +161,11 @@ async fn removal_takes_a_revision_and_nothing_else() {
         "sleep",
         "1",
     ]);
+    // One that was under way when a rollback began comes late: what that started stays.
+    let late = app.platform.change(&Change::Remove { revision: blue.revision.clone() }).await.expect_err("it runs");
+    assert_eq!(late.class, Class::Conflict, "{}", late.chain());
+    assert_eq!(app.state("{{.State.Running}}", &blue), ["true", "true"]);
+    app.does(&stop(&blue)).await;
     for _ in 0..2 {
         app.does(&Change::Remove { revision: blue.revision.clone() }).await;
     }

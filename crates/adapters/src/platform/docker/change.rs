@@ -420,16 +420,17 @@ impl Work<'_> {
 
     async fn remove(&self, revision: &RevisionId) -> Result<(), Fault> {
         self.not_myself(revision)?;
-        let mut mine = self.of_revision(revision).await?;
-        mine.extend(self.in_role(revision, labels::ROLE_STEP).await?);
+        // What was started meanwhile, by a rollback, is not taken away under it; a step that nobody waits for any more is.
+        let mut mine: Vec<_> = self.of_revision(revision).await?.into_iter().map(|found| (found, false)).collect();
+        mine.extend(self.in_role(revision, labels::ROLE_STEP).await?.into_iter().map(|found| (found, true)));
         let name = names::network(&self.platform.config.application, revision);
         if mine.is_empty() && !self.network_to_remove(&name).await? {
             return Ok(());
         }
         self.not_routed(revision, "removed").await?;
-        for (id, full) in mine {
+        for ((id, full), force) in mine {
             // `v`: anonymous volumes of the image go with their container; named ones stay.
-            let options = RemoveContainerOptions { force: true, v: true, link: false };
+            let options = RemoveContainerOptions { force, v: true, link: false };
             match self.engine.docker().remove_container(&id, Some(options)).await {
                 Ok(()) => {}
                 Err(error) if is_missing(&error) => {}
