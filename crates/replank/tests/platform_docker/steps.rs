@@ -178,7 +178,8 @@ async fn what_a_release_says_of_its_data_is_planned() {
         plan(serde_json::json!({"migrate": {"web": ["up", "now"]}, "schema": "one-way", "back_to": "0.1.0"})).await;
     assert_eq!((asked.schema, asked.back_to), (Schema::OneWay, Some("0.1.0".parse().expect("version"))));
     let spec = &asked.steps[1].spec;
-    assert_eq!(spec["run"]["command"], serde_json::json!(["up", "now"]), "the release's word comes first");
+    assert_eq!(spec["run"]["entrypoint"], serde_json::json!(["up", "now"]), "the release's word comes first");
+    assert_eq!(spec["run"]["command"], serde_json::Value::Null, "and is all that runs");
     assert_eq!(spec["run"]["mounts"][0]["target"], "/data");
     assert!(Path::new(&spec["run"]["mounts"][0]["source"].as_str().expect("source")).is_absolute());
     // Nothing to save where nothing changes.
