@@ -3,6 +3,7 @@
 
 use crate::history::{Entry, Line};
 use crate::phase::{Mode, Op, State};
+use crate::record::Job;
 use crate::words::Millis;
 
 /// Fewer durations than this are anecdotes: nothing is said then.
@@ -18,6 +19,10 @@ pub struct Kind {
 }
 
 impl Kind {
+    pub fn of(job: &Job) -> Self {
+        Self { mode: job.mode, build_only: job.build_only }
+    }
+
     /// The phases that a job of this kind goes through when all goes well.
     pub fn phases(self) -> &'static [State] {
         const ALL: [State; 7] = [

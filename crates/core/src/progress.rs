@@ -12,7 +12,7 @@ use crate::history::Line;
 use crate::phase::{Building, Confirming, Op, Phase, State, Swap};
 use crate::ports::Progress;
 use crate::predict::{Kind, Spread, predict};
-use crate::record::{Deployment, Job, Overlap, Record};
+use crate::record::{Deployment, Overlap, Record};
 use crate::words::{ComponentName, Millis};
 
 /// The whole way of a job, and of a phase, in the parts that are counted in here.
@@ -164,7 +164,7 @@ pub fn place(record: &Record, seen: Option<(&BTreeMap<ComponentName, Progress>, 
         | Phase::RolledBack { .. }
         | Phase::RollbackFailed { .. } => return None,
     };
-    let phases = kind_of(job).phases();
+    let phases = Kind::of(job).phases();
     let until = |end: usize| phases[..end].iter().map(|state| weight(*state)).fold(0, u64::saturating_add);
     // Each kind of job goes through no other phases than its own.
     let at = phases.iter().position(|phase| *phase == state)?;
@@ -172,10 +172,6 @@ pub fn place(record: &Record, seen: Option<(&BTreeMap<ComponentName, Progress>, 
     let share = |weight: u64| part(weight, all, WHOLE);
     let (begin, end) = (share(until(at)), share(until(at + 1)));
     Some(begin + part(inside, WHOLE, end - begin))
-}
-
-fn kind_of(job: &Job) -> Kind {
-    Kind { mode: job.mode, build_only: job.build_only }
 }
 
 /// `of / all` of `whole`. Nothing of nothing is nothing.

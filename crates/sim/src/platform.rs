@@ -124,7 +124,7 @@ pub(crate) fn carry_out(world: &Arc<World>, change: &Change, partly: bool) -> Re
             if state.platform.traffic.as_ref() == Some(revision) {
                 return Err(conflict("traffic goes there"));
             }
-            is_not_needed(&mut state, revision, "halted");
+            is_not_needed(&mut state, revision, true, "halted");
             let names: Vec<ContainerName> =
                 state.platform.revisions.get(revision).iter().flat_map(|r| r.containers.keys().cloned()).collect();
             stop(&mut state, revision, names.iter().take(if partly { 1 } else { usize::MAX }), now);
@@ -137,7 +137,8 @@ pub(crate) fn carry_out(world: &Arc<World>, change: &Change, partly: bool) -> Re
             if state.platform.revisions.get(revision).is_some_and(Revision::runs) {
                 return Err(conflict("it runs"));
             }
-            is_not_needed(&mut state, revision, "removed");
+            // Nothing of it runs: what a job is going to start, and this took away first, it makes anew.
+            is_not_needed(&mut state, revision, false, "removed");
             process::end(&mut state, revision);
             state.platform.revisions.remove(revision);
             Ok(())
@@ -145,12 +146,10 @@ pub(crate) fn carry_out(world: &Arc<World>, change: &Change, partly: bool) -> Re
     }
 }
 
-fn is_not_needed(state: &mut State, revision: &RevisionId, what: &str) {
+/// `starts`: what the job in flight starts is needed too.
+fn is_not_needed(state: &mut State, revision: &RevisionId, starts: bool, what: &str) {
     let Some(r) = state.ledger.record.clone() else { return };
-    // What a job would start, and what is not started: a removal that was under way when a rollback began takes it, and the
-    // rollback makes it anew.
-    let runs = state.platform.revisions.get(revision).is_some_and(Revision::runs);
-    let in_flight = r.phase.swap().filter(|_| runs && r.phase.state().in_flight()).map(|s| &s.to);
+    let in_flight = r.phase.swap().filter(|_| starts && r.phase.state().in_flight()).map(|s| &s.to);
     // The snapshot's containers go after their time; its images are what stays.
     let needed = [r.running.as_ref(), r.serving.as_ref(), in_flight];
     if needed.into_iter().flatten().any(|d| d.revision == *revision) {

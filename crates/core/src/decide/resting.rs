@@ -53,8 +53,8 @@ pub(super) fn decide(view: &View<'_>) -> Decision {
     // the proved one is all that returns after a reboot.
     let held = !is_proved || matches!(record.phase, Phase::FailedRollout { .. } | Phase::RollbackFailed { .. });
     if held {
-        let runs = |name: &ContainerName| is_running(seen, serving, name);
-        if let Some(step) = one_of_each(view, serving, seen, runs).or_else(|| halt_doubles(view, serving, seen, runs)) {
+        let has = |name: &ContainerName| is_running(seen.revisions.get(&serving.revision), name);
+        if let Some(step) = stop_doubles(view, serving, seen, has) {
             return as_decision(step);
         }
         // What was proved and serves has to return, also where going back to it was given up before it was settled.
@@ -70,8 +70,7 @@ pub(super) fn decide(view: &View<'_>) -> Decision {
     // A late stop takes the reboot policy away; an operator's own stop does not, and is left alone.
     if !settled {
         if fit(seen, serving, serving.plan.containers.keys()) != Fit::Up {
-            let containers = serving.plan.containers.keys().cloned().collect();
-            return as_decision(view.act("repair-start", 1, Change::Start { deployment: serving.clone(), containers }));
+            return as_decision(start_serving(view, serving));
         }
         return settle_serving(view, serving, traffic.generation, as_decision);
     }
@@ -147,16 +146,17 @@ fn proved_serves(view: &View<'_>, serving: &Deployment, seen: &Observation) -> O
 /// A reboot can leave nothing to serve: what was proved last had been told not to return, as its successor was proved, and that one
 /// fell before this was recorded. Then what serves by the record comes back, as it stood.
 fn bring_back(view: &View<'_>, serving: &Deployment, seen: &Observation) -> Step {
-    let containers: BTreeSet<_> = serving.plan.containers.keys().cloned().collect();
-    let will_run = |name: &ContainerName| containers.contains(name);
-    let doubles = one_of_each(view, serving, seen, will_run).or_else(|| halt_doubles(view, serving, seen, will_run));
-    doubles.unwrap_or_else(|| {
-        view.act("repair-start", 1, Change::Start { deployment: serving.clone(), containers: containers.clone() })
-    })
+    let will_have = |name: &ContainerName| serving.plan.containers.contains_key(name);
+    stop_doubles(view, serving, seen, will_have).unwrap_or_else(|| start_serving(view, serving))
 }
 
-fn is_running(seen: &Observation, deployment: &Deployment, name: &ContainerName) -> bool {
-    let container = seen.revisions.get(&deployment.revision).and_then(|there| there.containers.get(name));
+fn start_serving(view: &View<'_>, serving: &Deployment) -> Step {
+    let containers = serving.plan.containers.keys().cloned().collect();
+    view.act("repair-start", 1, Change::Start { deployment: serving.clone(), containers })
+}
+
+fn is_running(there: Option<&RevisionSeen>, name: &ContainerName) -> bool {
+    let container = there.and_then(|there| there.containers.get(name));
     container.is_some_and(|c| c.running == Running::Running)
 }
 
@@ -201,13 +201,23 @@ fn is_clean_up_due(view: &View<'_>) -> bool {
     }
 }
 
-/// While a failure is held nothing is tidied, but a late start may not leave two of what may not overlap (lesson 35): the
-/// one in what serves stays, or else the one in what was proved last; the others stop. `serves` says which ones what serves has.
+/// While a failure is held nothing is tidied, but a late start may not leave two of what may not overlap (lesson 35). `has` says
+/// which containers what serves has.
+fn stop_doubles(
+    view: &View<'_>,
+    serving: &Deployment,
+    seen: &Observation,
+    has: impl Fn(&ContainerName) -> bool,
+) -> Option<Step> {
+    one_of_each(view, serving, seen, &has).or_else(|| halt_doubles(view, serving, seen, &has))
+}
+
+/// The one in what serves stays, or else the one in what was proved last; the others stop.
 fn one_of_each(
     view: &View<'_>,
     serving: &Deployment,
     seen: &Observation,
-    serves: impl Fn(&ContainerName) -> bool,
+    has: &dyn Fn(&ContainerName) -> bool,
 ) -> Option<Step> {
     let record = view.record;
     let swap = record.phase.swap();
@@ -215,8 +225,8 @@ fn one_of_each(
     let (from, to) = (swap.and_then(|s| s.from.as_ref()), swap.map(|s| &s.to));
     let known: Vec<_> = [Some(serving), record.running.as_ref(), from, to, snapshot].into_iter().flatten().collect();
     let runs = |d: &Deployment, name: &ContainerName| match d.revision == serving.revision {
-        true => serves(name),
-        false => is_running(seen, d, name),
+        true => has(name),
+        false => is_running(seen.revisions.get(&d.revision), name),
     };
     for (at, beside) in known.iter().enumerate() {
         let before = &known[..at];
@@ -247,11 +257,8 @@ fn halt_doubles(
     view: &View<'_>,
     serving: &Deployment,
     seen: &Observation,
-    serves: impl Fn(&ContainerName) -> bool,
+    has: &dyn Fn(&ContainerName) -> bool,
 ) -> Option<Step> {
-    let runs = |there: &RevisionSeen, name: &ContainerName| {
-        there.containers.get(name).is_some_and(|c| c.running == Running::Running)
-    };
     let single = |name: &&ContainerName| {
         let plan = serving.plan.containers.get(*name);
         plan.is_some_and(|c| c.overlap != Overlap::Allowed && !c.controller)
@@ -259,8 +266,8 @@ fn halt_doubles(
     let held = [view.record.phase.swap().and_then(|swap| swap.from.as_ref())];
     let (stray, _) = view.strays_beside(&held, seen).find(|(id, there)| {
         let others = || seen.revisions.iter().filter(|(other, _)| other != id);
-        let mut names = there.containers.keys().filter(single).filter(|name| runs(there, name));
-        names.any(|name| serves(name) || others().any(|(_, other)| runs(other, name)))
+        let mut names = there.containers.keys().filter(single).filter(|name| is_running(Some(there), name));
+        names.any(|name| has(name) || others().any(|(_, other)| is_running(Some(other), name)))
     })?;
     Some(view.act("halt-stray", 1, Change::Halt { revision: stray.clone() }))
 }

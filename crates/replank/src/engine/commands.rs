@@ -207,8 +207,7 @@ impl LocalEngine {
     /// What the phases of such a job weigh.
     async fn weights(&self, record: &Record, job: &Job) -> BTreeMap<State, u64> {
         let lines = tokio::time::timeout(HISTORY_LOOK_MAX, self.tail(record)).await.unwrap_or_default();
-        let kind = Kind { mode: job.mode, build_only: job.build_only };
-        progress::weights(&lines, kind, self.setup.policy.budgets.confirm_window)
+        progress::weights(&lines, Kind::of(job), self.setup.policy.budgets.confirm_window)
     }
 
     /// Refuses what the release's own word stands against, as far as that can be had in time: the fetch reads it again, and a

@@ -97,8 +97,7 @@ impl LocalEngine {
             Some(fetched) if !job.build_only => self.plans(fetched, &target, &mut checks).await,
             Some(_) | None => None,
         };
-        let kind = Kind { mode: job.mode, build_only: job.build_only };
-        let predicted = predict::predict(&lines, kind);
+        let predicted = predict::predict(&lines, Kind::of(&job));
         let serving = record.serving.as_ref().map(|serving| &serving.plan);
         let masker = Masker::new(&self.setup.secrets);
         let tell = |text: &str| tamed(&masker, text);
