@@ -216,7 +216,7 @@ async fn a_full_disk_loses_nothing_and_passes() {
                 other => panic!("{other:?}"),
             }
             let (seen, at) = ledger.load().await.expect("load").expect("record");
-            assert_eq!((&seen, Some(&at)), (&state, etag.as_ref()), "exactly what was acknowledged");
+            assert_eq!((&*seen, Some(&at)), (&state, etag.as_ref()), "exactly what was acknowledged");
         }
         assert!(refused > 0, "round {round}: the disk was not full");
         fs::remove_file(&filler).expect("free");

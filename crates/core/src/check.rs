@@ -88,18 +88,17 @@ pub fn at_rest(evidence: &Evidence<'_>) -> Vec<Misfit> {
 /// What must fit at any moment, in flight too.
 pub fn always(evidence: &Evidence<'_>) -> Vec<Misfit> {
     let mut misfits = Vec::new();
-    let mut verifier = Verifier::default();
-    let chain = evidence.history.iter().try_for_each(|line| verifier.line(line));
+    let (mut verifier, mut chain, mut story) = (Verifier::default(), Ok(()), Story::default());
+    for line in evidence.history {
+        let Ok(fields) = serde_json::from_slice::<Map<String, Value>>(&line.bytes) else {
+            chain = chain.and_then(|()| Err(Broken::NotALine { seq: line.seq }));
+            break;
+        };
+        chain = chain.and_then(|()| verifier.parsed(line, &fields));
+        misfits.extend(story.goes_on(line.seq, &fields));
+    }
     if let Err(broken) = chain.and_then(|()| verifier.finish(&evidence.record.history).map(drop)) {
         misfits.push(broken.into());
-    }
-    let mut story = Story::default();
-    for line in evidence.history {
-        match serde_json::from_slice::<Map<String, Value>>(&line.bytes) {
-            Ok(fields) => misfits.extend(story.goes_on(line.seq, &fields)),
-            // The chain has said so already.
-            Err(_) => break,
-        }
     }
     if !story.ends_as(evidence.record) {
         misfits.push(Misfit::Told { recorded: evidence.record.phase.state(), told: format!("{:?}", story.at) });

@@ -122,11 +122,17 @@ pub struct Verifier {
 impl Verifier {
     pub fn line(&mut self, line: &Line) -> Result<(), Broken> {
         let seq = self.seen.count;
+        let parsed: Map<String, Value> = serde_json::from_slice(&line.bytes).map_err(|_| Broken::NotALine { seq })?;
+        self.parsed(line, &parsed)
+    }
+
+    /// The same for who needs the line's fields as well.
+    pub(crate) fn parsed(&mut self, line: &Line, fields: &Map<String, Value>) -> Result<(), Broken> {
+        let seq = self.seen.count;
         if line.seq != seq {
             return Err(Broken::Gap { expected: seq, found: line.seq });
         }
-        let parsed: Map<String, Value> = serde_json::from_slice(&line.bytes).map_err(|_| Broken::NotALine { seq })?;
-        let prev = parsed.get("prev_hash").and_then(Value::as_str).ok_or(Broken::NotALine { seq })?;
+        let prev = fields.get("prev_hash").and_then(Value::as_str).ok_or(Broken::NotALine { seq })?;
         if prev != self.seen.hash.as_ref().map_or("", |h| h.as_str()) {
             return Err(Broken::Chain { seq });
         }

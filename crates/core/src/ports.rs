@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
@@ -68,8 +69,8 @@ pub struct Presence {
 /// Record and history of one application. A commit is atomic: the record and its lines, or neither.
 #[async_trait]
 pub trait Ledger: Send + Sync + fmt::Debug {
-    /// `None` where nothing was ever committed.
-    async fn load(&self) -> Result<Option<(Record, Etag)>, LedgerError>;
+    /// `None` where nothing was ever committed. Shared, as most who load only read it.
+    async fn load(&self) -> Result<Option<(Arc<Record>, Etag)>, LedgerError>;
 
     /// The version alone: whether a load would give something new. Every controller asks each second.
     async fn version(&self) -> Result<Option<Etag>, LedgerError>;

@@ -76,7 +76,7 @@ fn recorded(line: &Line) -> Option<String> {
 
 #[async_trait]
 impl Ledger for Door<dyn Ledger> {
-    async fn load(&self) -> Result<Option<(Record, Etag)>, LedgerError> {
+    async fn load(&self) -> Result<Option<(Arc<Record>, Etag)>, LedgerError> {
         let loaded = self.inner.load().await?;
         if let Some((record, _)) = &loaded {
             self.gate.saw(record);

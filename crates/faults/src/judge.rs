@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
@@ -74,7 +75,7 @@ pub async fn kept(home: &Path) -> Result<Kept> {
             }
         }
     }
-    Ok(Kept { record, history, logs: found })
+    Ok(Kept { record: Arc::unwrap_or_clone(record), history, logs: found })
 }
 
 /// What `docker` says, and where the proxy's file sends traffic.

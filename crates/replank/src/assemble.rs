@@ -109,7 +109,7 @@ pub async fn controller(settings: &Settings, env: &Environment, between: Between
         application: settings.application.clone(),
         installation,
         me,
-        instance: ids.random(8).iter().map(|b| format!("{b:02x}")).collect(),
+        instance: hex::encode(ids.random(8)),
         policy: settings.policy.clone(),
         mode: settings.mode,
         on_rollout_failure: settings.on_rollout_failure,
@@ -209,9 +209,9 @@ pub async fn first_record(ledger: &dyn Ledger, settings: &Settings) -> anyhow::R
 async fn installation(ledger: &dyn Ledger, settings: &Settings, me: &ControllerId) -> anyhow::Result<InstallationId> {
     loop {
         if let Some((record, _)) = ledger.load().await? {
-            return Ok(record.installation);
+            return Ok(record.installation.clone());
         }
-        let id: String = SystemIds.random(10).iter().map(|b| format!("{b:02x}")).collect();
+        let id = hex::encode(SystemIds.random(10));
         let mut record = Record::new(InstallationId::new(id)?, settings.application.clone(), SystemClock.now());
         record.driver.controller = me.clone();
         match ledger.commit(None, &record, &[]).await {

@@ -7,6 +7,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use replank_adapters::ledger::sqlite::SqliteLedger;
 use replank_adapters::sqlite::{FILE, Remembered, Store, Unforgettable};
@@ -102,7 +103,7 @@ async fn looked_at(file: &Path, application: &AppName) -> Result<Record, Failed>
         return Err(Failed::Refused(what));
     };
     verify::history(&ledger).await?;
-    Ok(record)
+    Ok(Arc::unwrap_or_clone(record))
 }
 
 /// Puts a backup in the ledger's place, with a line in its history that says so.
@@ -191,7 +192,7 @@ async fn replaced(settings: &Settings, current: &Path, wanted: &Record) -> Resul
     }
     // One file, which can get another name without losing what lies beside it.
     store.fold().await?;
-    Ok(record.map(|record| record.history))
+    Ok(record.map(|record| record.history.clone()))
 }
 
 /// Records the restore in the history that is put back.
@@ -277,7 +278,7 @@ struct Scratch(PathBuf);
 
 impl Scratch {
     fn make(directory: &Path) -> Result<Self, Fault> {
-        let random: String = SystemIds.random(8).iter().map(|b| format!("{b:02x}")).collect();
+        let random = hex::encode(SystemIds.random(8));
         let path = directory.join(format!(".restore-{random}"));
         make(&path)?;
         Ok(Self(path))

@@ -206,7 +206,7 @@ enum Lost {
 
 #[async_trait]
 impl Ledger for LosesAnAnswer {
-    async fn load(&self) -> Result<Option<(Record, Etag)>, LedgerError> {
+    async fn load(&self) -> Result<Option<(Arc<Record>, Etag)>, LedgerError> {
         self.ledger.load().await
     }
     async fn version(&self) -> Result<Option<Etag>, LedgerError> {
@@ -407,7 +407,7 @@ struct Raised {
 
 #[async_trait]
 impl Ledger for Raised {
-    async fn load(&self) -> Result<Option<(Record, Etag)>, LedgerError> {
+    async fn load(&self) -> Result<Option<(Arc<Record>, Etag)>, LedgerError> {
         match self.is_raised.load(Ordering::SeqCst) {
             true => Err(LedgerError::Unreadable(Fault::permanent("a newer Replank wrote it"))),
             false => Ok(Some((self.record.clone(), Etag("1".to_owned())))),

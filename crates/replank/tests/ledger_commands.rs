@@ -252,7 +252,8 @@ async fn a_deployment_that_is_refused_is_written_down_and_one_that_fails_is_not(
 /// The record says that 0.1.0 runs.
 async fn deployed(home: &Home) {
     let ledger = SqliteLedger::new(Store::open(home.ledger_dir()).await.unwrap(), AppName::new("shop").unwrap());
-    let (mut record, etag) = ledger.load().await.unwrap().unwrap();
+    let (record, etag) = ledger.load().await.unwrap().unwrap();
+    let mut record = std::sync::Arc::unwrap_or_clone(record);
     record.running = Some(Deployment {
         revision: RevisionId::new("v0-1-0-abcdefgh").unwrap(),
         key: OpKey::derive(&JobId::new("job-1").unwrap(), "revision", 1, &Nonce::new("0".repeat(32)).unwrap()),

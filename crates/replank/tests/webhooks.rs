@@ -170,7 +170,8 @@ impl World {
 
     /// A line as a transition writes it, on a record that a case changes by hand.
     async fn written(&self, line: Audit, change: impl FnOnce(&mut Record)) {
-        let (mut record, etag) = self.ledger.load().await.unwrap().unwrap();
+        let (record, etag) = self.ledger.load().await.unwrap().unwrap();
+        let mut record = Record::clone(&record);
         change(&mut record);
         let (lines, head) = seal(&record.history, &[line]);
         record.history = head;

@@ -146,7 +146,7 @@ pub(crate) async fn trouble(world: Arc<World>, meddling: bool) {
                 state.faults += 1;
                 let pause = state.rng.u64(5_000..60_000);
                 if let Some(process) = state.processes.get_mut(&id) {
-                    process.paused_until = now.plus(pause);
+                    process.paused_until = Some(now.plus(pause));
                 }
                 drop(state);
                 world.tell(|| format!("PAUSE {id} for {pause} ms"));

@@ -47,9 +47,7 @@ impl Door {
                     Some(_) | None => break,
                 }
             };
-            if self.world.now() >= until {
-                return;
-            }
+            let Some(until) = until.filter(|until| self.world.now() < *until) else { return };
             sleep_until(self.world.instant(until)).await;
         }
         pending().await
@@ -59,14 +57,13 @@ impl Door {
     async fn enter(&self, kind: Kind, what: &str) -> Fate {
         self.is_there().await;
         let (fate, latency) = {
-            let now = self.world.now();
             let mut state = self.world.state();
             let state = &mut *state;
             let fate = fate(&mut state.rng, &state.rates, kind);
             if state.rates.paused > 0 && state.rng.u32(0..200_000) < state.rates.paused {
                 let pause = state.rng.u64(1_000..45_000);
                 if let Some(process) = state.processes.get_mut(&self.me) {
-                    process.paused_until = now.plus(pause);
+                    process.paused_until = Some(self.world.now().plus(pause));
                 }
                 state.faults += 1;
             }
@@ -218,7 +215,7 @@ fn of_log(class: Class) -> LogError {
 
 #[async_trait]
 impl Ledger for Door {
-    async fn load(&self) -> Result<Option<(Record, Etag)>, LedgerError> {
+    async fn load(&self) -> Result<Option<(Arc<Record>, Etag)>, LedgerError> {
         let reads = self.reads;
         let stored = self.call(Kind::Frequent, "load", |world| {
             let state = world.state();
@@ -228,7 +225,7 @@ impl Ledger for Door {
         if let Err(error) = format::is_readable(record.min_reader, reads) {
             return Err(LedgerError::Unreadable(Fault::permanent("a newer Replank wrote it").because(error)));
         }
-        Ok(Some((Record::clone(&record), Etag(version.to_string()))))
+        Ok(Some((record, Etag(version.to_string()))))
     }
 
     async fn version(&self) -> Result<Option<Etag>, LedgerError> {

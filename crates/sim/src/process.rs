@@ -54,7 +54,7 @@ pub(crate) fn begin(world: &Arc<World>, state: &mut State, id: &RevisionId) {
         Reconciler::new(ports, setup, shared).run(|_| false).await;
     })
     .abort_handle();
-    let process = Process { number, paused_until: world.now(), loop_, engine };
+    let process = Process { number, paused_until: None, loop_, engine };
     state.processes.insert(id.clone(), process);
 }
 

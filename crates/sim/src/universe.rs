@@ -178,12 +178,9 @@ fn world_note(state: &mut crate::world::State, what: &str) {
 
 /// Nothing more goes wrong, and whoever stood still goes on.
 fn calm(world: &World) {
-    let now = world.now();
     let mut state = world.state();
     state.rates = Rates::CALM;
-    for process in state.processes.values_mut() {
-        process.paused_until = process.paused_until.min(now);
-    }
+    state.processes.values_mut().for_each(|process| process.paused_until = None);
     world_note(&mut state, "calm");
 }
 

@@ -38,7 +38,8 @@ pub(crate) struct Release {
 pub(crate) struct Process {
     /// Tells a process from its predecessor in the same container.
     pub number: u64,
-    pub paused_until: Millis,
+    /// None where it was never paused: nobody has to ask for the time then.
+    pub paused_until: Option<Millis>,
     pub loop_: AbortHandle,
     pub engine: Arc<LocalEngine>,
 }

@@ -124,7 +124,7 @@ async fn pass(shared: &Shared, request: Request) -> Result<Response> {
     let by_tag = path.rsplit_once("/manifests/").is_some_and(|(_, tag)| !tag.starts_with("sha256:"));
     if head.method == Method::GET && by_tag && status.is_success() && shared.lies.load(Ordering::SeqCst) {
         let digest = |bytes: &[u8]| {
-            let hash: String = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+            let hash = hex::encode(Sha256::digest(bytes));
             format!("sha256:{hash}")
         };
         let truth = digest(&bytes);

@@ -1,6 +1,7 @@
 //! Record, history, presence, pinned tags and tokens in the SQLite file.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use replank_core::fault::Fault;
@@ -78,7 +79,7 @@ fn stop<T>(error: LedgerError) -> Step<T> {
 
 #[async_trait]
 impl Ledger for SqliteLedger {
-    async fn load(&self) -> Result<Option<(Record, Etag)>, LedgerError> {
+    async fn load(&self) -> Result<Option<(Arc<Record>, Etag)>, LedgerError> {
         let row = self
             .read(|tx, app| {
                 let found = tx
@@ -90,7 +91,10 @@ impl Ledger for SqliteLedger {
             .await?;
         match row {
             None => Ok(None),
-            Some((version, body)) => Ok(Some((format::read(&body).map_err(too_new)?, Etag(version.to_string())))),
+            Some((version, body)) => {
+                let record = Arc::new(format::read(&body).map_err(too_new)?);
+                Ok(Some((record, Etag(version.to_string()))))
+            }
         }
     }
 

@@ -36,7 +36,7 @@ fn short(parts: &[&str], bytes: usize) -> String {
         hash.update((part.len() as u64).to_be_bytes());
         hash.update(part.as_bytes());
     }
-    hash.finalize().iter().take(bytes).map(|b| format!("{b:02x}")).collect()
+    hex::encode(&hash.finalize()[..bytes])
 }
 
 fn foreign(image: &dyn std::fmt::Display) -> Fault {

@@ -26,15 +26,11 @@ const RACES_MAX: u32 = 50;
 /// Ten years; tokens that outlive that outlive everybody who knows of them.
 const DAYS_MAX: u64 = 3_650;
 
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
-}
-
 fn random(n: usize) -> Result<String, Failure> {
     let mut bytes = vec![0; n];
     getrandom::fill(&mut bytes)
         .map_err(|e| Failure::new(Code::Failed, format!("no random bytes could be had: {e}")))?;
-    Ok(hex(&bytes))
+    Ok(hex::encode(bytes))
 }
 
 /// `90d`, `12h`, `30m` in milliseconds; `None` for `never`.

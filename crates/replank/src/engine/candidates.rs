@@ -117,7 +117,7 @@ impl Remote {
             Fault::transient(format!("the commits that were seen first could not be read: {why}")).told()
         })?;
         let accepted = match self.ledger.load().await {
-            Ok(found) => found.map(|(record, _)| record.moved_tags).unwrap_or_default(),
+            Ok(found) => found.map(|(record, _)| record.moved_tags.clone()).unwrap_or_default(),
             Err(error) => {
                 let why = describe(&error);
                 return Err(

@@ -71,13 +71,13 @@ impl LocalEngine {
     /// Records what `event` makes of the record as it is; `Ok(Err(record))` ends early with nothing to record.
     async fn commit(
         &self,
-        event: impl Fn(&Record) -> Result<Result<Event, Record>, Refusal>,
+        event: impl Fn(&Arc<Record>) -> Result<Result<Event, Arc<Record>>, Refusal>,
     ) -> Result<Record, Refusal> {
         for _ in 0..RACES_MAX {
             let (record, etag) = self.load().await?;
             let event = match event(&record)? {
                 Ok(event) => event,
-                Err(record) => return Ok(record),
+                Err(record) => return Ok(Arc::unwrap_or_clone(record)),
             };
             let commit = apply_as(&record, &event, self.ports.clock.now(), self.setup.reads_format).map_err(refusal)?;
             let landed = match self.ports.ledger.commit(Some(&etag), &commit.record, &commit.lines).await {
@@ -107,7 +107,7 @@ impl LocalEngine {
         Ok(found.first().is_some_and(|line| line == last))
     }
 
-    pub(super) async fn load(&self) -> Result<(Record, replank_core::ports::Etag), Refusal> {
+    pub(super) async fn load(&self) -> Result<(Arc<Record>, replank_core::ports::Etag), Refusal> {
         match self.ports.ledger.load().await {
             Ok(Some(found)) => Ok(found),
             Ok(None) => {
@@ -123,7 +123,7 @@ impl LocalEngine {
         request: &StartRequest,
         target: replank_core::record::Target,
     ) -> Result<Job, Refusal> {
-        let hex = |n: usize| -> String { self.ports.ids.random(n).iter().map(|b| format!("{b:02x}")).collect() };
+        let hex = |n: usize| hex::encode(self.ports.ids.random(n));
         let internal = |e: replank_core::words::BadWord| Refusal::Unavailable(e.to_string());
         let idempotency_key = request.idempotency_key.as_deref().map(IdempotencyKey::new).transpose();
         Ok(Job {
@@ -303,7 +303,7 @@ fn overrides_with_reason(record: &Record, job: &Job, override_quarantine: bool) 
 #[async_trait]
 impl Engine for LocalEngine {
     async fn record(&self) -> Result<Record, Refusal> {
-        Ok(self.load().await?.0)
+        Ok(Arc::unwrap_or_clone(self.load().await?.0))
     }
 
     fn live(&self) -> watch::Receiver<Live> {

@@ -47,9 +47,15 @@ impl Executor {
     }
 
     /// Runs an action beside the loop. Aborting the handle drops the work.
-    pub(super) fn spawn(self: Arc<Self>, record: Record, task: TaskId, action: Action, tries: u32) -> JoinHandle<()> {
+    pub(super) fn spawn(
+        self: Arc<Self>,
+        record: Arc<Record>,
+        task: TaskId,
+        action: Action,
+        tries: u32,
+    ) -> JoinHandle<()> {
         tokio::spawn(async move {
-            let (record, from) = (Arc::new(record), self.ports.clock.now());
+            let from = self.ports.clock.now();
             let inner = {
                 let (this, record) = (self.clone(), record.clone());
                 tokio::spawn(async move { this.carry_out_in_time(&record, action).await })

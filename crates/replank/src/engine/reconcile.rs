@@ -268,7 +268,7 @@ impl Reconciler {
         Some(seen)
     }
 
-    fn start(&mut self, record: &Record, action: Action) {
+    fn start(&mut self, record: &Arc<Record>, action: Action) {
         let task = action.task(record);
         // How the last try ended stays known until this one has: it is what a budget that runs out meanwhile tells.
         let tries = match self.tasks.ended.get(&task) {

@@ -47,7 +47,7 @@ impl Watched {
 
 #[async_trait]
 impl Ledger for Watched {
-    async fn load(&self) -> Result<Option<(Record, Etag)>, LedgerError> {
+    async fn load(&self) -> Result<Option<(Arc<Record>, Etag)>, LedgerError> {
         let found = self.inner.load().await?;
         if let Some((record, etag)) = &found {
             self.see(etag, record);

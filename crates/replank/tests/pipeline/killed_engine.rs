@@ -157,7 +157,11 @@ async fn killed_in(world: &World, case: &Case) {
     let confirmed = [&row].into_iter().chain(settling.then_some(&ended));
     what_returns(case, &returning, &confirmed.clone().map(|row| text(row, "running_revision")).collect::<Vec<_>>());
     let mut versions = confirmed.map(|row| text(row, "running_version"));
-    assert!(versions.any(|version| version == answers), "{:?}: the confirmed version answers first: {answers}", case.at);
+    assert!(
+        versions.any(|version| version == answers),
+        "{:?}: the confirmed version answers first: {answers}",
+        case.at
+    );
     let wanted = match text(&ended, "state") {
         "succeeded" => case.version,
         _ => text(&before, "running_version"),

@@ -62,11 +62,7 @@ pub(super) fn fingerprint(config: &DockerConfig) -> Result<String, Fault> {
         config.listeners.iter().map(|(name, l)| (name, (l.bind, l.publish, l.inside(), l.protocol, &l.tls))).collect();
     let text = serde_json::to_vec(&(&listeners, &config.home, config.proxy.memory_bytes))
         .map_err(|error| Fault::permanent("the proxy's configuration cannot be written as JSON").because(error))?;
-    Ok(hex(&Sha256::digest(text)))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
+    Ok(hex::encode(Sha256::digest(text)))
 }
 
 /// The engine's id of an image. Permanent where the engine does not have it.
@@ -274,7 +270,7 @@ pub async fn proxy_image_from_binary(
         ))
         .advice("use a static build (-C target-feature=+crt-static), or name an image in [proxy] image"));
     }
-    let tag = hex(&Sha256::digest(&bytes)).chars().take(16).collect::<String>();
+    let tag = hex::encode(Sha256::digest(&bytes)).chars().take(16).collect::<String>();
     let reference = format!("{REPOSITORY}:{tag}");
     match engine.docker().inspect_image(&reference).await {
         Ok(_) => return Ok(reference),

@@ -192,6 +192,6 @@ pub fn hash(installation: &InstallationId, name: &str, value: &str) -> Digest {
         hash.update((part.len() as u64).to_be_bytes());
         hash.update(part.as_bytes());
     }
-    let hex: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
-    Digest::new(format!("sha256:{hex}")).unwrap_or_else(|_| unreachable!("a SHA-256 in hex is a digest"))
+    Digest::new(format!("sha256:{}", hex::encode(hash.finalize())))
+        .unwrap_or_else(|_| unreachable!("a SHA-256 in hex is a digest"))
 }
