@@ -91,7 +91,7 @@ pub fn always(evidence: &Evidence<'_>) -> Vec<Misfit> {
     let (mut verifier, mut chain, mut story) = (Verifier::default(), Ok(()), Story::default());
     for line in evidence.history {
         let Ok(fields) = serde_json::from_slice::<Map<String, Value>>(&line.bytes) else {
-            chain = chain.and_then(|()| Err(Broken::NotALine { seq: line.seq }));
+            chain = chain.and(Err(Broken::NotALine { seq: line.seq }));
             break;
         };
         chain = chain.and_then(|()| verifier.parsed(line, &fields));
