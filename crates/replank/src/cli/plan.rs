@@ -33,11 +33,13 @@ pub struct PlanArgs {
     /// Full id of a commit of the tracking branch
     #[arg(long, value_name = "SHA")]
     pub commit: Option<String>,
-    /// As the same flags of `replank start`
+    /// Plan for `replank start` with this flag: images are built and pushed, and nothing that runs is touched
     #[arg(long)]
     pub build_only: bool,
+    /// The same: a commit that failed before is started
     #[arg(long)]
     pub override_quarantine: bool,
+    /// The same: a release is started after which the version before it cannot use the data
     #[arg(long)]
     pub accept_one_way: bool,
 }
