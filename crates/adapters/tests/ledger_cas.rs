@@ -75,7 +75,7 @@ fn writer() {
                     return;
                 }
                 let (lines, head) = seal(&old.history, &[Audit::new(Millis(1), None, "cas").with("id", id.clone())]);
-                let next = Record { generation: old.generation + 1, history: head, ..old };
+                let next = Record { generation: old.generation + 1, history: head, ..Record::clone(&old) };
                 match ledger.commit(Some(&etag), &next, &lines).await {
                     Ok(_) => break,
                     Err(LedgerError::Conflict) => {}

@@ -410,7 +410,7 @@ impl Ledger for Raised {
     async fn load(&self) -> Result<Option<(Arc<Record>, Etag)>, LedgerError> {
         match self.is_raised.load(Ordering::SeqCst) {
             true => Err(LedgerError::Unreadable(Fault::permanent("a newer Replank wrote it"))),
-            false => Ok(Some((self.record.clone(), Etag("1".to_owned())))),
+            false => Ok(Some((Arc::new(self.record.clone()), Etag("1".to_owned())))),
         }
     }
     async fn version(&self) -> Result<Option<Etag>, LedgerError> {

@@ -4,6 +4,7 @@
 
 use std::path::Path;
 use std::process::{Command, ExitCode};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -115,7 +116,8 @@ async fn commits(ledgers: &[SqliteLedger]) -> Result<Vec<f64>> {
         .cloned()
         .map(|ledger| {
             tokio::spawn(async move {
-                let (mut record, mut etag) = ledger.load().await?.context("the ledger is empty")?;
+                let (record, mut etag) = ledger.load().await?.context("the ledger is empty")?;
+                let mut record = Arc::unwrap_or_clone(record);
                 let mut took = Vec::new();
                 while Instant::now() < end {
                     let begun = Instant::now();
