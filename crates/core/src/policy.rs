@@ -57,6 +57,9 @@ pub struct Policy {
     pub backoff_max: u64,
     /// How long a retired revision's containers stay, stopped.
     pub keep_containers: u64,
+    /// How many revisions that nobody needs keep their stopped containers for that time, the newest. Each holds a network, and an
+    /// engine has addresses for some thirty.
+    pub keep_failed: usize,
     /// How long a snapshot's images stay protected.
     pub keep_images: u64,
     /// The newest images of each component that stay although nothing needs them, so that a version can come back without a
@@ -94,6 +97,7 @@ impl Default for Policy {
             backoff_min: SECOND,
             backoff_max: 30 * SECOND,
             keep_containers: DAY,
+            keep_failed: 3,
             keep_images: 90 * DAY,
             // Contract §6, UPGRADE_ACR_KEEP_IMAGES.
             keep_builds: 3,

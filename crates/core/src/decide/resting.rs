@@ -273,13 +273,17 @@ fn halt_doubles(
 }
 
 /// What nobody needs any more, most often a release that failed: stopped at once, and removed after a day, so that its
-/// containers' logs are there for whoever asks why.
+/// containers' logs are there for whoever asks why. The newest few of them only.
 fn tidy_strays(view: &View<'_>, seen: &Observation) -> Option<Step> {
+    let stopped = view.strays_beside(&[], seen).filter(|(_, there)| !there.runs());
+    let mut newest: Vec<_> = stopped.filter_map(|(id, there)| Some((there.stopped_at?, id))).collect();
+    newest.sort_unstable_by(|one, other| other.cmp(one));
+    newest.truncate(view.policy.keep_failed);
     view.strays_beside(&[], seen).find_map(|(id, there)| {
         let revision = id.clone();
         match there.stopped_at {
             _ if there.runs() => Some(view.act("halt-stray", 1, Change::Halt { revision })),
-            Some(at) if view.now.since(at) < view.policy.keep_containers => None,
+            Some(at) if newest.contains(&(at, id)) && view.now.since(at) < view.policy.keep_containers => None,
             // Also what never ran: it has nothing to tell.
             Some(_) | None => Some(view.act("remove-stray", 1, Change::Remove { revision })),
         }

@@ -158,6 +158,35 @@ fn what_failed_is_stopped_at_once_and_kept_for_its_logs() {
     check(&stopped, keep, Some(Change::Remove { revision: revision() }));
 }
 
+/// Each of them holds a network of the engine, and thirty failed releases of a day would leave no address for the next one.
+#[test]
+fn of_what_failed_the_newest_few_are_kept() {
+    let stopped: Vec<(&str, bool)> = FULL.iter().map(|(name, _)| (*name, false)).collect();
+    let strays: Vec<_> = (1..=5).map(|n| deployment(&format!("job-{}", n + 10), n + 10)).collect();
+    let removed = |stopped_at: &[i64]| {
+        let mut scene = scene(record_in(State::Succeeded, Mode::BlueGreen))
+            .at(1_000)
+            .ended("clean-up", Ended::Well { outcome: Outcome::CleanedUp, at: Millis(1_000) })
+            .heard(&old(), 1_000, 2)
+            .with(&old(), FULL, true)
+            .traffic(&old(), 1);
+        for (stray, at) in strays.iter().zip(stopped_at) {
+            scene = scene.with(stray, &stopped, false);
+            scene.seen.revisions.get_mut(&stray.revision).unwrap().stopped_at = Some(Millis(*at));
+        }
+        match scene.decide() {
+            Decision::Act(Action::Change { change: Change::Remove { revision }, .. }) => {
+                strays.iter().position(|stray| stray.revision == revision)
+            }
+            Decision::Wait { .. } => None,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(removed(&[300, 100, 200]), None, "three are kept");
+    assert_eq!(removed(&[300, 100, 200, 400]), Some(1), "the one that stopped first goes");
+    assert!([Some(1), Some(2)].contains(&removed(&[300, 100, 200, 400, 500])), "one after the other");
+}
+
 #[test]
 fn what_is_kept_does_not_hide_what_still_runs() {
     let (kept, runs) = (deployment("job-8", 7), deployment("job-9", 8));

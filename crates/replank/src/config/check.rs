@@ -480,9 +480,11 @@ fn policy(
         }
         policy.keep_images = days.saturating_mul(24 * 3_600_000);
     }
-    for (key, given, into) in
-        [("keep_builds", raw.keep_builds, &mut policy.keep_builds), ("keep_logs", raw.keep_logs, &mut policy.keep_logs)]
-    {
+    for (key, given, into) in [
+        ("keep_builds", raw.keep_builds, &mut policy.keep_builds),
+        ("keep_failed", raw.keep_failed, &mut policy.keep_failed),
+        ("keep_logs", raw.keep_logs, &mut policy.keep_logs),
+    ] {
         let Some(count) = given else { continue };
         if !(1..=KEEP_COUNT_MAX).contains(&count) {
             doc.problem(&["policy", key], "this is out of range", format!("choose 1 to {KEEP_COUNT_MAX}"));

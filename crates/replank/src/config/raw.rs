@@ -242,6 +242,7 @@ pub struct Policy {
     pub keep_containers_hours: Option<u64>,
     pub keep_images_days: Option<u64>,
     pub keep_builds: Option<usize>,
+    pub keep_failed: Option<usize>,
     pub keep_logs: Option<usize>,
     #[serde(default)]
     pub budgets: Budgets,

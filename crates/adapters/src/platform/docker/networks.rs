@@ -4,12 +4,15 @@ use std::collections::{BTreeMap, HashMap};
 
 use bollard::models::{EndpointSettings, NetworkConnectRequest, NetworkCreateRequest};
 use bollard::query_parameters::ListNetworksOptionsBuilder;
-use replank_core::fault::Fault;
+use replank_core::fault::{Class, Fault};
 use replank_core::words::RevisionId;
 
 use super::change::{Work, labels_of, look_alike};
 use super::{labels, names};
 use crate::engine::{classify, is_missing};
+
+const ADDRESSES: &str = "where the engine has no addresses left, see which networks nobody uses (`docker network ls`) and remove \
+    them, or give it more (`default-address-pools` in daemon.json)";
 
 impl Work<'_> {
     pub(super) async fn private_network(&self, revision: &RevisionId) -> Result<(), Fault> {
@@ -35,7 +38,12 @@ impl Work<'_> {
                 tracing::debug!(%error, name, "somebody else made the network first");
                 Ok(())
             }
-            Err(error) => Err(classify(error, &format!("network {name} cannot be created"))),
+            Err(error) => {
+                let fault = classify(error, &format!("network {name} cannot be created"));
+                // What the engine answers when its addresses are used up, too: nothing was named that could be missing.
+                let is_full = fault.class == Class::Permanent;
+                Err(if is_full { fault.advice(ADDRESSES) } else { fault })
+            }
         }
     }
 
