@@ -162,7 +162,7 @@ fn what_failed_is_stopped_at_once_and_kept_for_its_logs() {
 #[test]
 fn of_what_failed_the_newest_few_are_kept() {
     let stopped: Vec<(&str, bool)> = FULL.iter().map(|(name, _)| (*name, false)).collect();
-    let strays: Vec<_> = (1..=5).map(|n| deployment(&format!("job-{}", n + 10), n + 10)).collect();
+    let strays: Vec<_> = (4..=8).map(|n| deployment(&format!("job-{n}"), n)).collect();
     let removed = |stopped_at: &[i64]| {
         let mut scene = scene(record_in(State::Succeeded, Mode::BlueGreen))
             .at(1_000)
