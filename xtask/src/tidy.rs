@@ -11,7 +11,8 @@ use replank_testbed::images;
 use crate::named;
 
 /// What the core may depend on: no clock, network, file system, database or asynchronous runtime behind any of them.
-const CORE_DEPENDENCIES: [&str; 7] = ["async-trait", "jiff", "regex", "serde", "serde_json", "sha2", "thiserror"];
+const CORE_DEPENDENCIES: [&str; 8] =
+    ["async-trait", "hex", "jiff", "regex", "serde", "serde_json", "sha2", "thiserror"];
 
 /// Paths that must not appear in the core's own code, tests excepted.
 const CORE_FORBIDDEN: [&str; 5] = ["std::fs", "std::net", "std::process", "std::env", "tokio::"];
