@@ -5,6 +5,7 @@ use std::io::{self, Write as _};
 use std::time::Duration;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::Instant;
 
 use super::client::Client;
@@ -62,9 +63,11 @@ impl Parser {
 /// Watches the job until it rests. Ctrl-C and the time limit end the watching, never the job.
 pub async fn watch(client: &Client, job: &str, face: Face, style: &Style, limit: Duration) -> Result<Row, Failure> {
     let mut screen = Screen::new(face, style.clone());
+    // Caught before anything is shown: whoever sees that it watches may press Ctrl-C.
+    let mut interrupt = signal(SignalKind::interrupt())?;
     let ended = tokio::select! {
         ended = follow(client, job, &mut screen) => ended,
-        _ = tokio::signal::ctrl_c() => Err(Failure::new(
+        _ = interrupt.recv() => Err(Failure::new(
             Code::Interrupted,
             format!("stopped watching; job {job} goes on. See `replank status --watch`, or end it with `replank cancel`"),
         )),
